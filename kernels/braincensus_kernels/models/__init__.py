@@ -1,0 +1,1 @@
+"""The networks: architecture, loss, training, calibration and inference."""

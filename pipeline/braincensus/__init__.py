@@ -1,0 +1,1 @@
+"""braincensus: every labelled cell of a cleared brain, counted once."""

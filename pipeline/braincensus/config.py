@@ -1,0 +1,234 @@
+"""The configuration of a run: one typed, frozen value. Defaults live here and nowhere else.
+
+Sections follow the data flow. A YAML file holds the same fields (`braincensus config` prints
+one with comments), and every command-line option is one of them. Lengths carry their unit in
+their name; triples are ``z, y, x``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from braincensus.errors import ConfigError, explain
+
+
+def _as_triple(value: Any) -> Any:
+    """One number stands for all three axes."""
+    return (value, value, value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[int, Field(gt=0)]
+TripleFloat = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], BeforeValidator(_as_triple)]
+TripleInt = Annotated[tuple[Positive, Positive, Positive], BeforeValidator(_as_triple)]
+TripleSigma = Annotated[
+    tuple[
+        Annotated[float, Field(ge=0, le=50)],
+        Annotated[float, Field(ge=0, le=50)],
+        Annotated[float, Field(ge=0, le=50)],
+    ],
+    BeforeValidator(_as_triple),
+]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Percentile = Annotated[float, Field(ge=0, le=100)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class InputSelection(_Section):
+    """Which part of the input is the volume."""
+
+    channel: int = Field(0, ge=0, description="channel, counted from 0")
+    timepoint: int = Field(0, ge=0, description="time point, counted from 0")
+    level: int = Field(0, ge=0, description="pyramid level, 0 is full resolution")
+    voxel_size_um: TripleFloat | None = Field(
+        None, description="z, y, x in um; null: read it from the metadata (an error if there is none)"
+    )
+
+
+class Intensity(_Section):
+    """The fixed intensity range of the whole volume, measured over tissue."""
+
+    low_percentile: Percentile = Field(1.0, description="percentile of tissue that maps to 0")
+    high_percentile: Percentile = Field(
+        99.9, description="percentile of tissue that maps to the top of the range"
+    )
+    tissue_threshold: float | Literal["auto"] = Field(
+        "auto",
+        description="tiles of 8x8x8 voxels whose median is below this are background, not tissue; "
+        "auto: found from the histogram of tile medians, if it has two separate modes",
+    )
+
+
+class WNet3DForeground(_Section):
+    """Foreground probability from the self-supervised network of CellSeg3D."""
+
+    model: Literal["wnet3d"] = "wnet3d"
+    weights: str = Field("compact", description="compact (shipped), or the path of a .safetensors or .pth file")
+    norm: Literal["calibrated", "window"] = Field(
+        "calibrated",
+        description="calibrated: frozen statistics, so that the network is a fixed local function; "
+        "window: statistics of each 64^3 window, as the original plugin",
+    )
+    patch_voxels: TripleInt = Field(
+        (128, 128, 128), description="voxels that one network patch writes; multiples of 8"
+    )
+    halo_voxels: int = Field(
+        32, ge=0, le=96, multiple_of=8, description="context around a patch; 48 is exact, 32 within 1e-5"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="arithmetic of the network; auto: bfloat16 where the processor has it"
+    )
+    calibration_windows: Positive = Field(8, description="windows of tissue that set the norm statistics")
+    calibration_seed: int = Field(0, ge=0, description="seed of the choice of those windows")
+
+
+class IntensityForeground(_Section):
+    """Foreground from intensity alone: background-corrected and range-mapped; no network."""
+
+    model: Literal["intensity"] = "intensity"
+    background_um: PositiveFloat = Field(
+        100.0, description="scale over which the local background is smooth, um"
+    )
+
+
+Foreground = Annotated[WNet3DForeground | IntensityForeground, Field(discriminator="model")]
+
+
+class VoronoiOtsu(_Section):
+    """Instances by Voronoi-Otsu labelling of the foreground probability."""
+
+    method: Literal["voronoi-otsu"] = "voronoi-otsu"
+    spot_sigma: TripleSigma = Field((0.65, 0.65, 0.65), description="blur before seeds are found; larger: fewer")
+    outline_sigma: TripleSigma = Field((0.65, 0.65, 0.65), description="blur before the outline is thresholded")
+    sigma_unit: Literal["voxels", "um"] = Field("voxels", description="unit of both sigmas")
+    seeds: Literal["plateau", "strict"] = Field(
+        "plateau", description="plateau: one seed per flat maximum; strict: flat maxima give none"
+    )
+    foreground_threshold: Probability | None = Field(
+        None, description="probability below this counts as 0 before labelling (the paper: 0.6, 0.65)"
+    )
+    threshold: Literal["otsu"] | Probability = Field(
+        "otsu", description="outline threshold: otsu (of the whole volume's tissue) or a number from 0 to 1"
+    )
+    max_radius_um: PositiveFloat = Field(
+        50.0, description="a cell's voxels lie within this geodesic distance of its seed; sets the halo"
+    )
+
+
+class Filters(_Section):
+    """Which cells are kept; applied to whole cells, after stitching."""
+
+    min_volume_um3: float | None = Field(None, ge=0, description="smaller cells are removed")
+    max_volume_um3: float | None = Field(None, gt=0, description="larger cells are removed (artefacts)")
+
+
+class Density(_Section):
+    """The density map."""
+
+    bin_um: TripleFloat = Field((100.0, 100.0, 100.0), description="grid of the density map, um")
+
+
+class Compute(_Section):
+    """Where and how the run is computed; nothing here changes the result beyond float rounding."""
+
+    block_voxels: TripleInt | None = Field(
+        None, description="core of a label block, voxels; null: chosen from the memory of a worker"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    cluster: str = Field("local", description="local, or the address of a Dask scheduler, tcp://host:8786")
+    workers: Positive | None = Field(None, description="worker processes of a local cluster; null: from the cores")
+    threads_per_worker: Positive | None = Field(
+        None, description="threads that one block's arithmetic uses; null: the cores divided by the workers"
+    )
+    memory_limit_gib: PositiveFloat | None = Field(
+        None, description="memory of one local worker; null: its share of what is free"
+    )
+    dashboard_port: int = Field(8787, ge=0, le=65535, description="of a local cluster, on localhost; 0: any")
+
+
+class RunConfig(_Section):
+    """Everything that determines a run, apart from the input itself.
+
+    Examples
+    --------
+    >>> config = RunConfig()
+    >>> config.foreground.model
+    'wnet3d'
+    >>> config.merged({"labelling": {"spot_sigma": 1.0}}).labelling.spot_sigma
+    (1.0, 1.0, 1.0)
+    """
+
+    input: InputSelection = InputSelection()
+    intensity: Intensity = Intensity()
+    foreground: Foreground = WNet3DForeground()
+    labelling: VoronoiOtsu = VoronoiOtsu()
+    filters: Filters = Filters()
+    density: Density = Density()
+    compute: Compute = Compute()
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> RunConfig:
+        """Read a YAML file; absent fields keep their defaults.
+
+        Raises
+        ------
+        ConfigError
+            If the file is missing, is not YAML, or holds a field that is unknown or out of range.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as err:
+            raise ConfigError(f"cannot read the configuration {path}: {err}") from err
+        try:
+            loaded = yaml.safe_load(text) or {}
+        except yaml.YAMLError as err:
+            raise ConfigError(f"the configuration {path} is not valid YAML: {err}") from err
+        if not isinstance(loaded, dict):
+            raise ConfigError(
+                explain(
+                    f"the configuration {path} is not a mapping",
+                    found=type(loaded).__name__,
+                    remedy="start from what `braincensus config` prints",
+                )
+            )
+        return cls().merged(loaded, source=str(path))
+
+    def merged(self, changes: dict[str, Any], *, source: str = "the options") -> RunConfig:
+        """Return a copy with nested fields replaced, checked as a whole.
+
+        Raises
+        ------
+        ConfigError
+            Naming every field that is unknown or out of range.
+        """
+        data = _deep_merge(self.model_dump(mode="python"), changes)
+        try:
+            return RunConfig.model_validate(data)
+        except ValidationError as err:
+            lines = [
+                f"  {'.'.join(str(part) for part in e['loc'])}: {e['msg']}, got {e.get('input')!r}"
+                for e in err.errors()
+            ]
+            raise ConfigError(
+                "\n".join([f"{source}: not a valid configuration", *lines, "  `braincensus config` lists every field"])
+            ) from None
+
+
+def _deep_merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Replace leaf by leaf; a section whose discriminator changes starts from its own defaults."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            switched = any(k in value and value[k] != old.get(k) for k in ("model", "method"))
+            merged[key] = value if switched else _deep_merge(old, value)
+        else:
+            merged[key] = value
+    return merged

@@ -1,0 +1,1 @@
+"""One module per family of input formats; `volume.py` chooses between them."""

@@ -1,0 +1,1 @@
+"""One module per stage of a run, in the order of the data flow; `run.py` calls them."""
