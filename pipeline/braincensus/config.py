@@ -232,3 +232,43 @@ def _deep_merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
         else:
             merged[key] = value
     return merged
+
+
+def commented_yaml() -> str:
+    """Return the default configuration as YAML, each field with its meaning as a comment.
+
+    Examples
+    --------
+    >>> RunConfig.model_validate(yaml.safe_load(commented_yaml())) == RunConfig()
+    True
+    """
+    lines = ["# braincensus: the default configuration. Delete what you do not change. Triples are z, y, x."]
+    for name, field in RunConfig.model_fields.items():
+        section = field.default
+        lines += ["", f"{name}:  # {_first_line(section)}"]
+        for key, value in section.model_dump(mode="json").items():
+            about = type(section).model_fields[key].description or _choices(name)
+            lines.append(f"  {key}: {_scalar(value)}  # {about}")
+        if name == "foreground":
+            lines += [
+                "# or, without a network:",
+                "# foreground:",
+                *(
+                    f"#   {key}: {_scalar(value)}"
+                    + (f"  # {text}" if (text := IntensityForeground.model_fields[key].description) else "")
+                    for key, value in IntensityForeground().model_dump(mode="json").items()
+                ),
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _first_line(section: BaseModel) -> str:
+    return (type(section).__doc__ or "").strip().splitlines()[0]
+
+
+def _choices(section: str) -> str:
+    return {"foreground": "wnet3d or intensity", "labelling": "the only method so far"}.get(section, "")
+
+
+def _scalar(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()

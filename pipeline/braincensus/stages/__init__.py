@@ -1,1 +1,1 @@
-"""One module per stage of a run, in the order of the data flow; `run.py` calls them."""
+"""One module per stage of a run, in the order of the data flow; `census.py` calls them."""

@@ -1,0 +1,231 @@
+"""A run, from top to bottom: open, plan, then the stages in the order of the data flow."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from braincensus_kernels.models.checkpoints import Weights, load_weights
+from braincensus_kernels.models.predict import resolve_precision
+from distributed import Client
+
+from braincensus import cluster
+from braincensus.config import RunConfig, WNet3DForeground
+from braincensus.errors import ConfigError, InputError, explain
+from braincensus.planning import Plan, make_plan
+from braincensus.progress import Progress, Silent
+from braincensus.result import Result
+from braincensus.stages import intensity, label, measure, pyramid, relabel, segment, stitch, threshold
+from braincensus.store import (
+    Output,
+    check_free,
+    create_output,
+    write_blocks_table,
+)
+from braincensus.tasks import Context
+from braincensus.volume import Volume, open_volume
+
+_RECORDED = ("braincensus", "dask", "distributed", "zarr", "numcodecs", "torch", "numpy", "scipy", "numba", "monai")
+
+
+def run(
+    input: Any,
+    output: str | Path,
+    *,
+    config: RunConfig | None = None,
+    client: Client | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Count every cell of a volume.
+
+    Parameters
+    ----------
+    input
+        Path of an OME-Zarr, TIFF, folder of planes or .npy; or a NumPy or zarr array, zyx.
+    output
+        Path of the OME-Zarr to write.
+    config
+        What to do; the defaults of `RunConfig` otherwise.
+    client
+        A Dask client whose cluster to use. Its workers must reach `input` and `output` at the same
+        paths. Without it, ``config.compute`` decides.
+    overwrite
+        Replace an earlier output of braincensus at this path (and nothing else).
+    progress
+        Told about every stage; silent by default.
+
+    Returns
+    -------
+    Result
+        Lazy views of the cells, labels, density and the seam audit.
+
+    Raises
+    ------
+    InputError, ConfigError, OutputError, PlanError, BlockError
+        All are `BraincensusError`; an output that was begun stays marked incomplete.
+
+    Examples
+    --------
+    >>> import braincensus
+    >>> result = braincensus.run("brain.ome.zarr", "brain.census.zarr")     # doctest: +SKIP
+    >>> result.n_cells                                                       # doctest: +SKIP
+    """
+    config = config or RunConfig()
+    progress = progress or Silent()
+    output = Path(output)
+    check_free(output, overwrite=overwrite)
+    with _scratch(output) as scratch:
+        volume = _open(input, config, scratch, progress)
+        weights = _weights(config)
+        plan = _plan(volume, config, weights, cluster.resources_for(config.compute, client))
+        plan.check(free_disk_bytes=_free_disk(output))
+        with _connected(plan, client) as (connected, resources):
+            plan = replace(plan, resources=resources)
+            if connected.dashboard_link:
+                progress.message(f"Dask dashboard: {connected.dashboard_link}")
+            store = create_output(output, overwrite=overwrite, voxel_size_um=volume.voxel_size_um)
+            return _run_stages(Context(plan, store, connected, progress), weights)
+
+
+def plan(input: Any, *, config: RunConfig | None = None, client: Client | None = None) -> Plan:
+    """Say what a run would do: blocks, halo, memory, disk and time; nothing is computed or written.
+
+    Raises
+    ------
+    InputError, ConfigError
+        As `run`. Whether it fits is asked with ``plan(...).check()``.
+    """
+    config = config or RunConfig()
+    volume = _open(input, config, None, Silent())
+    return _plan(volume, config, _weights(config), cluster.resources_for(config.compute, client))
+
+
+def _run_stages(context: Context, weights: Weights | None) -> Result:
+    store, plan = context.output, context.plan
+    store.update_provenance(_begin(plan))
+    ranges = intensity.run(context)
+    store.update_provenance({"intensity": ranges.summary()})
+    foreground = segment.run(context, ranges, weights)
+    store.update_provenance({"foreground": foreground})
+    outline = threshold.run(context, tissue_threshold=ranges.tissue_threshold)
+    blocks = label.run(context, scale=ranges.scale, threshold=outline)
+    index, seams = stitch.run(context, blocks)
+    relabel.run(context, index)
+    measure.run(context, index, ranges.scale)
+    levels = pyramid.run(context)
+    write_blocks_table(store, [block.row() for block in blocks])
+    store.update_provenance(
+        {
+            "n_cells": index.n_cells,
+            "labelling": {
+                "outline_threshold": outline,
+                "max_steps_voxels": plan.max_steps,
+                "growth_steps_seen": max(block.growth_steps for block in blocks),
+                "halo_voxels": list(plan.label_grid.halo),
+                "block_voxels": list(plan.label_grid.block_shape),
+            },
+            "seams": seams.summary(),
+            "timings_s": context.timings_s,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+    )
+    store.remove_work("partials", "faces", "merged", "seeds.npy", "local_labels")
+    store.finalise(levels=levels, density_bin_um=plan.config.density.bin_um)
+    return Result(store)
+
+
+def _begin(plan: Plan) -> dict[str, Any]:
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _RECORDED}},
+        "config": plan.config.model_dump(mode="json"),
+        "input": {
+            "source": plan.volume.source,
+            "format": plan.volume.format,
+            "shape": list(plan.volume.shape),
+            "dtype": plan.volume.dtype.name,
+            "voxel_size_um": list(plan.volume.voxel_size_um),
+            "voxel_size_from": plan.volume.voxel_size_from,
+            "notes": list(plan.volume.notes),
+            "identity": plan.volume.identity,
+        },
+        "resources": {
+            "workers": plan.resources.workers,
+            "threads": plan.resources.threads,
+            "device": plan.resources.device,
+        },
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _open(input: Any, config: RunConfig, scratch: Path | None, progress: Progress) -> Volume:
+    volume = open_volume(
+        input,
+        channel=config.input.channel,
+        timepoint=config.input.timepoint,
+        level=config.input.level,
+        voxel_size_um=config.input.voxel_size_um,
+        scratch=scratch,
+    )
+    for note in volume.notes:
+        progress.message(note)
+    return volume
+
+
+def _weights(config: RunConfig) -> Weights | None:
+    """Load the weights on the client first, so that a wrong file is refused before anything runs."""
+    if not isinstance(config.foreground, WNet3DForeground):
+        return None
+    try:
+        return load_weights(config.foreground.weights)
+    except FileNotFoundError as err:
+        raise ConfigError(
+            explain(
+                f"no weights at {config.foreground.weights!r}",
+                expected="`compact` (shipped with braincensus), or the path of a .safetensors or .pth file",
+                found=str(err),
+                remedy="check the path, or leave --weights out",
+            )
+        ) from err
+    except ValueError as err:
+        raise InputError(f"the weights {config.foreground.weights} cannot be used: {err}") from err
+
+
+def _plan(volume: Volume, config: RunConfig, weights: Weights | None, resources: cluster.Resources) -> Plan:
+    precision = "float32"
+    if isinstance(config.foreground, WNet3DForeground):
+        precision = resolve_precision(config.foreground.precision, resources.device)
+    return make_plan(
+        volume, config, resources, channels=weights.channels if weights else None, precision=precision
+    )
+
+
+@contextmanager
+def _connected(plan: Plan, client: Client | None) -> Iterator[tuple[Client, cluster.Resources]]:
+    if client is not None:
+        yield client, plan.resources
+    else:
+        with cluster.connect(plan.config.compute, plan.resources) as connected:
+            yield connected
+
+
+@contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """A place beside the output for a converted copy of the input; removed when the run succeeds."""
+    scratch = output.absolute().parent / f".{output.name}.input"
+    yield scratch
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _free_disk(output: Path) -> int | None:
+    place = output.absolute().parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free

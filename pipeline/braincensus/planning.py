@@ -1,0 +1,320 @@
+"""What a run will do, decided before anything runs: grids, reach, memory, disk, time. Pure, no I/O.
+
+Three grids, because three things decide them:
+
+- the scan grid (intensity statistics) is fixed: its results are exact sums, any grid gives them;
+- the segment grid follows the network's patches, which lie on a lattice fixed by the configuration,
+  so that probabilities never depend on how labelling is cut up;
+- the label grid is the user's `--block-size`, or what fits in a worker; its halo is the labeller's reach.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, prod
+
+from braincensus_kernels.boxes import Triple
+from braincensus_kernels.models.predict import projected_bytes
+from braincensus_kernels.voronoi_otsu import reach_voxels
+
+from braincensus.blocks import BlockGrid
+from braincensus.cluster import GIB, Resources
+from braincensus.config import IntensityForeground, RunConfig, WNet3DForeground
+from braincensus.errors import PlanError, explain
+from braincensus.volume import Volume
+
+LATTICE = 8
+"""Voxels between the positions at which tiles and network patches may start (the network pools thrice)."""
+
+_SCAN_BLOCK = 256
+_BLOCK_SIDES = (512, 384, 256, 192, 128, 96, 64)
+_MOST_REGIONS = 20_000
+_SHARE_OF_WORKER = 0.8
+_PROCESS_BYTES = 700 * 1024**2  # a worker process with torch, numba and zarr loaded, before any block
+_LABEL_BYTES_PER_VOXEL = 22  # of a block and its halo: probability, two blurs, mask, labels
+_WINDOW = 64  # the original plugin's windows: 64 voxels, of which each contributes its middle 48
+_WINDOW_HALO = 8
+
+_VOXELS_PER_CORE_SECOND = {"intensity": 25e6, "threshold": 20e6, "label": 8e6, "relabel": 25e6, "pyramid": 15e6}
+_MULTIPLY_ADDS_PER_CORE_SECOND = {"bfloat16": 60e9, "float32": 30e9}
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """How the foreground model walks the volume: patch and halo in voxels, and its arithmetic."""
+
+    patch: Triple
+    halo: int
+    channels: tuple[int, ...] | None
+    precision: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before a run starts.
+
+    Attributes
+    ----------
+    scan_grid, segment_grid, label_grid
+        The blocks of each kind of stage.
+    spot_sigma_voxels, outline_sigma_voxels
+        The labeller's blurs on each axis.
+    max_steps
+        Bound of the growth, in steps of one voxel.
+    memory_bytes
+        Projected peak of one worker, by stage.
+    disk_bytes
+        Projected size of what each stage writes, compressed.
+    seconds
+        Estimated time of each stage.
+    """
+
+    volume: Volume
+    config: RunConfig
+    resources: Resources
+    segmentation: Segmentation
+    scan_grid: BlockGrid
+    segment_grid: BlockGrid
+    label_grid: BlockGrid
+    spot_sigma_voxels: tuple[float, float, float]
+    outline_sigma_voxels: tuple[float, float, float]
+    max_steps: int
+    memory_bytes: dict[str, int]
+    disk_bytes: dict[str, int]
+    seconds: dict[str, float]
+
+    @property
+    def voxels(self) -> int:
+        """Voxels of the volume."""
+        return prod(self.volume.shape)
+
+    @property
+    def most_outer_voxels(self) -> int:
+        """Largest block with its halo that one thread can label, where a flat maximum needs more halo."""
+        free = self.resources.memory_bytes - _PROCESS_BYTES
+        return max(0, int(_SHARE_OF_WORKER * free / self.resources.threads / _LABEL_BYTES_PER_VOXEL))
+
+    def check(self, *, free_disk_bytes: int | None = None) -> None:
+        """Refuse a run that cannot fit, before anything is written.
+
+        Raises
+        ------
+        PlanError
+            If a stage needs more memory than a worker has (saying which block size would fit), or the
+            output more disk than there is.
+        """
+        stage, need = max(self.memory_bytes.items(), key=lambda item: item[1])
+        have = self.resources.memory_bytes
+        if need > have:
+            raise PlanError(
+                explain(
+                    f"{stage} does not fit in the memory of a worker",
+                    expected=f"at most {gib(have)} for each of {self.resources.workers} worker(s) "
+                    f"with {self.resources.threads} thread(s)",
+                    found=f"{gib(need)} with blocks of {_text(self.label_grid.block_shape)} voxels "
+                    f"and a halo of {_text(self.label_grid.halo)}",
+                    remedy=self._memory_remedy(stage),
+                )
+            )
+        total = sum(self.disk_bytes.values())
+        if free_disk_bytes is not None and total > free_disk_bytes:
+            raise PlanError(
+                explain(
+                    "the output does not fit on the disk",
+                    expected=f"about {gib(total)} free",
+                    found=f"{gib(free_disk_bytes)} free",
+                    remedy="free some space, or write the output elsewhere",
+                )
+            )
+
+    def _memory_remedy(self, stage: str) -> str:
+        if stage == "segment":
+            return "a smaller foreground.patch_voxels in the configuration, fewer --workers, or more memory"
+        fits = [
+            side
+            for side in _BLOCK_SIDES
+            if side < max(self.label_grid.block_shape)
+            and _label_bytes(self._with_block(side), self.volume, self.resources) <= self.resources.memory_bytes
+        ]
+        if not fits:
+            return "fewer threads per worker, a smaller labelling.max_radius_um, or more memory"
+        return f"--block-size {fits[0]},{fits[0]},{fits[0]} fits"
+
+    def _with_block(self, side: int) -> BlockGrid:
+        return BlockGrid(self.volume.shape, _bounded(side, self.volume.shape), self.label_grid.halo)
+
+
+def make_plan(
+    volume: Volume, config: RunConfig, resources: Resources, *, channels: tuple[int, ...] | None, precision: str
+) -> Plan:
+    """Decide the grids and project what they cost.
+
+    Parameters
+    ----------
+    volume, config, resources
+        What to run, how, and on what.
+    channels
+        Width of the network's levels, from its weights; None for a model without a network.
+    precision
+        The network's arithmetic, resolved for the device.
+    """
+    shape, size = volume.shape, volume.voxel_size_um
+    labelling = config.labelling
+    spot, outline = (
+        _sigma_voxels(sigma, labelling.sigma_unit, size) for sigma in (labelling.spot_sigma, labelling.outline_sigma)
+    )
+    max_steps = ceil(labelling.max_radius_um / min(size))
+    halo = reach_voxels(spot, outline, max_steps)
+    segmentation = _segmentation(config.foreground, shape, channels=channels, precision=precision)
+    label_grid = _label_grid(config, volume, resources, halo)
+    plan = Plan(
+        volume=volume,
+        config=config,
+        resources=resources,
+        segmentation=segmentation,
+        scan_grid=BlockGrid(shape, _lattice_bounded(_SCAN_BLOCK, shape)),
+        segment_grid=_segment_grid(segmentation, shape),
+        label_grid=label_grid,
+        spot_sigma_voxels=spot,
+        outline_sigma_voxels=outline,
+        max_steps=max_steps,
+        memory_bytes={},
+        disk_bytes=_disk(shape),
+        seconds={},
+    )
+    plan.memory_bytes.update(_memory(plan))
+    plan.seconds.update(_seconds(plan))
+    return plan
+
+
+def _segmentation(
+    foreground: WNet3DForeground | IntensityForeground,
+    shape: Triple,
+    *,
+    channels: tuple[int, ...] | None,
+    precision: str,
+) -> Segmentation:
+    if isinstance(foreground, IntensityForeground):
+        return Segmentation(_lattice_bounded(_SCAN_BLOCK, shape), 0, None, "float32")
+    if foreground.norm == "window":
+        side = _WINDOW - 2 * _WINDOW_HALO
+        return Segmentation((side, side, side), _WINDOW_HALO, channels, precision)
+    uneven = [n for n in foreground.patch_voxels if n % LATTICE]
+    if uneven:
+        raise PlanError(
+            explain(
+                "foreground.patch_voxels does not fit the network",
+                expected=f"multiples of {LATTICE} (the network pools three times)",
+                found=_text(foreground.patch_voxels),
+                remedy=f"use {_text(tuple(-(-n // LATTICE) * LATTICE for n in foreground.patch_voxels))}",
+            )
+        )
+    patch = tuple(
+        min(n, -(-m // LATTICE) * LATTICE) for n, m in zip(foreground.patch_voxels, shape, strict=True)
+    )
+    return Segmentation((patch[0], patch[1], patch[2]), foreground.halo_voxels, channels, precision)
+
+
+def _segment_grid(segmentation: Segmentation, shape: Triple) -> BlockGrid:
+    """Group patches into regions (one task and one shard each), so that a large volume has few of them."""
+    side = 1
+    while True:
+        region = segmentation.patch[0] * side, segmentation.patch[1] * side, segmentation.patch[2] * side
+        grid = BlockGrid(shape, region, (segmentation.halo,) * 3)
+        if len(grid) <= _MOST_REGIONS or side >= 4:
+            return grid
+        side *= 2
+
+
+def _label_grid(config: RunConfig, volume: Volume, resources: Resources, halo: Triple) -> BlockGrid:
+    wanted = config.compute.block_voxels
+    if wanted is not None:
+        block = tuple(min(n, m) for n, m in zip(wanted, volume.shape, strict=True))
+        return BlockGrid(volume.shape, (block[0], block[1], block[2]), halo)
+    at_once = resources.workers * resources.threads
+    for side in _BLOCK_SIDES:
+        grid = BlockGrid(volume.shape, _bounded(side, volume.shape), halo)
+        busy = len(grid) >= 2 * at_once or side <= 128
+        if busy and _label_bytes(grid, volume, resources) <= _SHARE_OF_WORKER * resources.memory_bytes:
+            return grid
+    return BlockGrid(volume.shape, _bounded(_BLOCK_SIDES[-1], volume.shape), halo)
+
+
+def _memory(plan: Plan) -> dict[str, int]:
+    volume, threads = plan.volume, plan.resources.threads
+    item = volume.dtype.itemsize
+    scan = prod(plan.scan_grid.block_shape)
+    region = prod(n + 2 * plan.segmentation.halo for n in plan.segment_grid.block_shape)
+    segment = threads * region * (item + 4) + threads * prod(plan.segment_grid.block_shape) * 8
+    if plan.segmentation.channels is not None:
+        segment += projected_bytes(
+            plan.segmentation.patch,
+            plan.segmentation.halo,
+            plan.segmentation.channels,
+            plan.segmentation.precision,
+        )
+    return {
+        "intensity": _PROCESS_BYTES + threads * scan * (item + 12),
+        "segment": _PROCESS_BYTES + segment,
+        "label": _label_bytes(plan.label_grid, volume, plan.resources),
+    }
+
+
+def _label_bytes(grid: BlockGrid, volume: Volume, resources: Resources) -> int:
+    """Probability, two blurs, mask and labels of the outer box, and the raw core, for each thread."""
+    outer = prod(min(b + 2 * h, n) for b, h, n in zip(grid.block_shape, grid.halo, grid.volume_shape, strict=True))
+    core = prod(grid.block_shape)
+    return _PROCESS_BYTES + resources.threads * (outer * _LABEL_BYTES_PER_VOXEL + core * (volume.dtype.itemsize + 12))
+
+
+def _disk(shape: Triple) -> dict[str, int]:
+    """Compressed sizes: probability about 0.5 of its 2 bytes, labels about 0.15 of their 4, as seen on phantoms."""
+    voxels = prod(shape)
+    return {
+        "probability": int(voxels * 2 * 0.5 * 8 / 7),
+        "labels": int(voxels * 4 * 0.15 * 8 / 7),
+        "working files": int(voxels * 4 * 0.15 + voxels / LATTICE**3 * 8),
+    }
+
+
+def _seconds(plan: Plan) -> dict[str, float]:
+    cores = plan.resources.workers * plan.resources.threads
+    overlap = prod(
+        (b + 2 * h) / b for b, h in zip(plan.label_grid.block_shape, plan.label_grid.halo, strict=True)
+    )
+    seconds = {name: plan.voxels / (rate * cores) for name, rate in _VOXELS_PER_CORE_SECOND.items()}
+    seconds["label"] *= overlap
+    seconds["segment"] = plan.voxels / (25e6 * cores)
+    if plan.segmentation.channels is not None:
+        per_voxel = 1.009e6 * (plan.segmentation.channels[0] / 64) ** 2
+        halo = prod((p + 2 * plan.segmentation.halo) / p for p in plan.segmentation.patch)
+        rate = _MULTIPLY_ADDS_PER_CORE_SECOND.get(plan.segmentation.precision, 30e9) * cores
+        seconds["segment"] = plan.voxels * per_voxel * min(halo, 2.5) / rate
+    return seconds
+
+
+def _sigma_voxels(
+    sigma: tuple[float, float, float], unit: str, voxel_size_um: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    if unit == "voxels":
+        return sigma
+    z, y, x = (s / v for s, v in zip(sigma, voxel_size_um, strict=True))
+    return z, y, x
+
+
+def _bounded(side: int, shape: Triple) -> Triple:
+    return min(side, shape[0]), min(side, shape[1]), min(side, shape[2])
+
+
+def _lattice_bounded(side: int, shape: Triple) -> Triple:
+    z, y, x = (min(side, -(-n // LATTICE) * LATTICE) for n in shape)
+    return z, y, x
+
+
+def gib(n_bytes: float) -> str:
+    """Write a number of bytes for people."""
+    return f"{n_bytes / GIB:.1f} GiB" if n_bytes >= GIB / 10 else f"{n_bytes / 1024**2:.0f} MiB"
+
+
+def _text(triple: tuple[int, ...]) -> str:
+    return ",".join(str(n) for n in triple)

@@ -1,0 +1,103 @@
+"""Stage 3: one outline threshold for the whole volume.
+
+Otsu belongs to the volume: taken per block, it invents cells in every block that has none. The
+histogram is of the smoothed foreground probability over tissue, summed exactly over blocks, on
+bins fixed between 0 and 1, so that neither the blocks nor empty space can move it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from braincensus_kernels.boxes import Box
+from braincensus_kernels.filters import gaussian_blur, gaussian_radius
+from braincensus_kernels.histogram import bin_counts, otsu_threshold
+
+from braincensus.blocks import BlockGrid
+from braincensus.errors import InputError, explain
+from braincensus.planning import LATTICE
+from braincensus.stages.intensity import TILE_MEDIAN
+from braincensus.stages.segment import PROBABILITY, PROBABILITY_TOP, tiles_around
+from braincensus.store import Output
+from braincensus.tasks import Context
+
+_BINS = 1024
+
+
+@dataclass(frozen=True)
+class _Threshold:
+    grid: BlockGrid
+    output: Output
+    outline_sigma: tuple[float, float, float]
+    floor: float | None
+    tissue_threshold: float
+
+
+def run(context: Context, *, tissue_threshold: float) -> float:
+    """Return the threshold of the outline-smoothed probability, 0 to 1.
+
+    Raises
+    ------
+    InputError
+        If the foreground is flat, so that there is nothing to separate.
+    """
+    plan = context.plan
+    labelling = plan.config.labelling
+    if labelling.threshold != "otsu":
+        return float(labelling.threshold)
+    radius = tuple(gaussian_radius(s) for s in plan.outline_sigma_voxels)
+    grid = BlockGrid(plan.volume.shape, plan.label_grid.block_shape, (radius[0], radius[1], radius[2]))
+    spec = _Threshold(
+        grid, context.output, plan.outline_sigma_voxels, labelling.foreground_threshold, tissue_threshold
+    )
+    counts = np.zeros(_BINS, dtype=np.int64)
+    with context.stage("threshold", plan.voxels):
+        for _, block_counts in context.map(
+            "threshold",
+            _threshold_block,
+            spec,
+            grid,
+            name="threshold-block",
+        ):
+            counts += block_counts
+    if np.count_nonzero(counts) < 2:
+        raise InputError(
+            explain(
+                "no foreground stands out anywhere in the tissue",
+                expected="a foreground probability that varies",
+                found="one value for all of it",
+                cause="a channel without cells, or weights that do not suit this kind of image",
+                remedy="look at the probability in a viewer; try --foreground intensity, or give "
+                "a number as --threshold",
+            )
+        )
+    return otsu_threshold(counts, 0.0, 1.0)
+
+
+def read_foreground(output: Output, box: Box, floor: float | None) -> np.ndarray:
+    """Read the stored probability of `box` as float32 in [0, 1]; below `floor` it counts as 0."""
+    probability = output.read_block(PROBABILITY, box).astype(np.float32)
+    probability *= np.float32(1.0 / PROBABILITY_TOP)
+    if floor is not None:
+        probability[probability < np.float32(floor)] = 0.0
+    return probability
+
+
+def _threshold_block(spec: _Threshold, number: int) -> np.ndarray:
+    block = spec.grid[number]
+    probability = read_foreground(spec.output, block.outer, spec.floor)
+    # Away from the volume's border the halo gives the blur all it needs; at the border it clamps.
+    blurred = gaussian_blur(probability, spec.outline_sigma)[block.core.slices_in(block.outer)]
+    tissue = _tissue(spec, block.core)
+    counts: np.ndarray = bin_counts(blurred[tissue], 0.0, 1.0, bins=_BINS)
+    return counts
+
+
+def _tissue(spec: _Threshold, core: Box) -> np.ndarray:
+    tiles = tiles_around(core, (0, 0, 0), spec.grid.volume_shape)
+    is_tissue = spec.output.read_block(TILE_MEDIAN, tiles) >= np.float32(max(spec.tissue_threshold, 0.0))
+    for axis in range(3):
+        is_tissue = np.repeat(is_tissue, LATTICE, axis=axis)
+    origin = tuple(a - b * LATTICE for a, b in zip(core.start, tiles.start, strict=True))
+    return is_tissue[tuple(slice(o, o + n) for o, n in zip(origin, core.shape, strict=True))]
