@@ -1,0 +1,206 @@
+"""A chunked copy of what cannot be read block-wise: made once, reused, safe to interrupt.
+
+Planes stream through in slabs, so that memory stays bounded however many there are. One slab is
+one row of shards, each written once. The copy grows under a `.partial` name and takes its own
+name only when it is complete; an interrupted one is continued. A lock lets several processes
+ask for the same copy, of which one makes it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec
+
+from braincensus.errors import InputError, OutputError, PlanError, explain
+from braincensus.formats.readers import ZYX, Voxels, ZarrReader, open_zarr_array
+from braincensus_kernels.boxes import Triple
+
+Progress = Callable[[str, int, int], None]
+ReadPlanes = Callable[[int, int], Voxels]  # planes start:stop -> (stop - start, y, x)
+
+SCRATCH_VARIABLE = "BRAINCENSUS_SCRATCH"
+SLAB_BYTES = 512 * 2**20
+_MOST_PLANES = 64
+_CHUNK_YX = 256
+_SHARD_CHUNKS = 8
+_DONE = "planes-done"
+
+
+def scratch_folder(scratch: Path | None, *, beside: Path | None) -> Path:
+    """Choose where copies go: as given, `$BRAINCENSUS_SCRATCH`, or beside the source.
+
+    Beside the source, because that file system holds such volumes and every worker sees it; a
+    home folder or `/tmp` often has neither property.
+
+    Raises
+    ------
+    OutputError
+        If the folder cannot be written.
+    """
+    named = os.environ.get(SCRATCH_VARIABLE)
+    folder = (
+        scratch or (Path(named) if named else None) or (beside / ".braincensus-scratch" if beside else None)
+    )
+    if folder is None:
+        raise OutputError(
+            explain("nowhere to put a chunked copy", remedy=f"give scratch=, or set {SCRATCH_VARIABLE}")
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"not writable: {folder}")
+    except OSError as err:
+        raise OutputError(
+            explain(
+                "cannot write the chunked copy that reading block by block needs",
+                found=f"{type(err).__name__}: {err}",
+                remedy=f"give a scratch folder that every worker can reach, or set {SCRATCH_VARIABLE}",
+            )
+        ) from err
+    return folder
+
+
+def chunked_copy(
+    *,
+    name: str,
+    identity: Mapping[str, Any],
+    shape: Triple,
+    dtype: np.dtype[Any],
+    read_planes: ReadPlanes,
+    folder: Path,
+    progress: Progress | None,
+) -> tuple[ZarrReader, Triple]:
+    """Copy planes into a chunked zarr array, unless that was done before; return its reader and chunks.
+
+    Raises
+    ------
+    PlanError
+        If the disk has too little room.
+    OutputError
+        If the copy cannot be written.
+    InputError
+        If `read_planes` finds the source damaged.
+    """
+    key = hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()[:16]
+    final = folder / f"{name}-{key}.zarr"
+    partial = final.with_suffix(".partial")
+    slab, chunks, shards = _layout(shape, dtype)
+    try:
+        with _locked(final.with_suffix(".lock")):
+            if not _is_complete(final, shape, dtype):
+                done = _planes_done(partial, slab)
+                _check_room(folder, prod(shape) * dtype.itemsize * (shape[0] - done) // shape[0], final)
+                if done == 0:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    zarr.create_array(
+                        partial,
+                        shape=shape,
+                        dtype=dtype,
+                        chunks=chunks,
+                        shards=shards,
+                        compressors=BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"),
+                        fill_value=0,
+                        dimension_names=["z", "y", "x"],
+                        attributes={"braincensus_source": dict(identity)},
+                    )
+                _copy(partial, done=done, slab=slab, read_planes=read_planes, progress=progress)
+                (partial / _DONE).unlink()
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
+    except OSError as err:
+        if isinstance(err, OutputError):
+            raise
+        raise OutputError(
+            explain(
+                f"cannot write the chunked copy {final}",
+                found=f"{type(err).__name__}: {err}",
+                cause="a full disk" if err.errno == 28 else "",
+                remedy="free some space, or give another scratch folder; the copy continues where it stopped",
+            )
+        ) from err
+    reader = ZarrReader(root=str(final.resolve()), array="", axes=ZYX, zarr_format=3, stamp=key)
+    return reader, chunks
+
+
+def _layout(shape: Triple, dtype: np.dtype[Any]) -> tuple[int, Triple, Triple | None]:
+    """Return the planes of a slab, the chunks, and the shards (None where chunks are few)."""
+    plane_bytes = shape[1] * shape[2] * dtype.itemsize
+    slab = max(1, min(_MOST_PLANES, shape[0], SLAB_BYTES // plane_bytes))
+    chunk = (slab, min(_CHUNK_YX, shape[1]), min(_CHUNK_YX, shape[2]))
+    across = [min(_SHARD_CHUNKS, -(-n // c)) for n, c in zip(shape[1:], chunk[1:], strict=True)]
+    if across == [1, 1]:
+        return slab, chunk, None
+    return slab, chunk, (slab, chunk[1] * across[0], chunk[2] * across[1])
+
+
+def _copy(target: Path, *, done: int, slab: int, read_planes: ReadPlanes, progress: Progress | None) -> None:
+    array: Any = zarr.open_array(target, mode="r+", zarr_format=3)
+    total = array.shape[0]
+    for start in range(done, total, slab):
+        stop = min(start + slab, total)
+        planes = read_planes(start, stop)
+        if planes.shape != (stop - start, *array.shape[1:]):
+            raise InputError(
+                explain(
+                    f"planes {start} to {stop - 1} differ from the first plane",
+                    expected=f"shape {array.shape[1:]}",
+                    found=f"shape {planes.shape[1:]}",
+                )
+            )
+        array[start:stop] = planes
+        mark = target / f"{_DONE}.new"
+        mark.write_text(str(stop))
+        mark.replace(target / _DONE)
+        if progress:
+            progress("converting to a chunked copy", stop, total)
+
+
+def _planes_done(partial: Path, slab: int) -> int:
+    """Return how many planes an interrupted copy holds; the mark is written after the data."""
+    try:
+        done = int((partial / _DONE).read_text())
+        array: Any = open_zarr_array(str(partial), "", 3)
+    except Exception:
+        return 0
+    return done if array.chunks[0] == slab else 0
+
+
+def _is_complete(final: Path, shape: Triple, dtype: np.dtype[Any]) -> bool:
+    try:
+        array: Any = open_zarr_array(str(final), "", 3)
+    except Exception:
+        return False
+    return bool(array.shape == shape and array.dtype == dtype)
+
+
+def _check_room(folder: Path, n_bytes: int, final: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise PlanError(
+            explain(
+                f"too little disk space for the chunked copy {final}",
+                expected=f"{n_bytes / 1e9:,.1f} GB free (its size before compression)",
+                found=f"{free / 1e9:,.1f} GB free",
+                remedy=f"give a scratch folder on a larger disk, or set {SCRATCH_VARIABLE}",
+            )
+        )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with the process, however it ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

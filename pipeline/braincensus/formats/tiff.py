@@ -1,0 +1,598 @@
+"""TIFF in the forms that microscopes write: one file, one file with a series per plane, a folder.
+
+1. Read the headers: which pages make up the volume, and are they all there.
+2. Uncompressed planes are mapped where they lie; anything else is copied once to chunks.
+3. The voxel size comes from OME or ImageJ metadata, or from the mesoSPIM sidecar.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import tifffile
+
+from braincensus.errors import BraincensusError, InputError, explain
+from braincensus.formats import mesospim
+from braincensus.formats.checks import (
+    USUAL_AXES,
+    check_index,
+    check_volume,
+    choose_axes,
+    is_voxel_size,
+    um_per,
+)
+from braincensus.formats.convert import Progress, chunked_copy, scratch_folder
+from braincensus.formats.ome_zarr import natural_key
+from braincensus.formats.readers import (
+    FlatReader,
+    Found,
+    PlanesReader,
+    Voxels,
+    VoxelSize,
+    dtype_as_read,
+    need_bytes,
+)
+from braincensus_kernels.boxes import Triple
+
+EXTENSIONS = (".tif", ".tiff", ".btf", ".tf2", ".tf8")
+_THREADS = 4
+
+
+def open_tiff(
+    path: Path, *, channel: int, timepoint: int, level: int, scratch: Path | None, progress: Progress | None
+) -> Found:
+    """Find the volume in one TIFF file.
+
+    Raises
+    ------
+    InputError
+        If it is not a volume, or is truncated or damaged.
+    ConfigError
+        If the channel, time point or level does not exist.
+    """
+    with _opened(path) as tif:
+        series, notes = _the_series(tif, path, level)
+        names, axes_notes = _axis_names(series)
+        dtype = series.dtype.newbyteorder(tif.byteorder)
+        check_volume(series.shape, series.dtype, what=str(path))
+        axes = choose_axes(names, series.shape, channel=channel, timepoint=timepoint, what=str(path))
+        shape = axes.zyx(series.shape)
+        kind, voxel_size, missing = _metadata_of(tif, series)
+        identity = _identity(path, channel, timepoint, level, shape, dtype)
+        stamp = str(identity["mtime_ns"])
+        found = Found(
+            format=kind,
+            reader=None,  # type: ignore[arg-type]  # replaced below
+            shape=shape,
+            dtype=dtype_as_read(dtype),
+            chunks=(1, 1, shape[2]),
+            voxel_size=voxel_size,
+            identity=identity,
+            notes=notes + axes_notes,
+            missing_scale=missing,
+        )
+        if level and voxel_size:
+            full = axes.zyx(tif.series[series.index].shape)
+            z, y, x = (f / n for f, n in zip(full, shape, strict=True))
+            found = replace(found, downsampling=(z, y, x))
+        offset = series.dataoffset
+        if offset is not None and not isinstance(series, _Stacked):
+            need_bytes(path, offset + prod(series.shape) * dtype.itemsize)
+            reader: Any = FlatReader(
+                path=str(path.resolve()),
+                offset=offset,
+                shape=tuple(series.shape),
+                dtype=dtype.str,
+                axes=axes,
+                stamp=stamp,
+            )
+            found = replace(found, reader=reader)
+        else:
+            pages = _pages_of_volume(series, names, axes.select, axes.order, path)
+            if all(_is_mapped(page) for page in pages):
+                reader = PlanesReader.of(
+                    folder=str(path.parent.resolve()),
+                    names=[path.name],
+                    offsets=[int(page.dataoffsets[0]) for page in pages],
+                    plane_shape=shape[1:],
+                    dtype=dtype,
+                    stamp=stamp,
+                )
+                found = replace(found, reader=reader)
+            else:
+                found = _converted(found, path, _page_reader(tif, pages, path), scratch, progress)
+    return _with_sidecar(found, path)
+
+
+def open_planes(
+    folder: Path, *, channel: int, timepoint: int, level: int, scratch: Path | None, progress: Progress | None
+) -> Found:
+    """Find the volume in a folder of TIFF planes, in natural order of their names.
+
+    Raises
+    ------
+    InputError
+        If planes differ, several images are mixed, or a file is truncated or damaged.
+    """
+    names = plane_names(folder)
+    if len(names) == 1:
+        found = open_tiff(
+            folder / names[0],
+            channel=channel,
+            timepoint=timepoint,
+            level=level,
+            scratch=scratch,
+            progress=progress,
+        )
+        return replace(found, notes=(f"the one TIFF in the folder, {names[0]}", *found.notes))
+    for word, index in (("channel", channel), ("timepoint", timepoint), ("level", level)):
+        check_index(index, 1, word=word, what=str(folder))
+    _check_one_image(folder, names)
+    planes = _read_headers(folder, names, progress)
+    first = planes[0]
+    for name, plane in zip(names, planes, strict=True):
+        if (plane.shape, plane.dtype) != (first.shape, first.dtype):
+            raise InputError(
+                explain(
+                    f"the planes in {folder} differ",
+                    expected=f"{first.shape} {first.dtype}, as {names[0]}",
+                    found=f"{plane.shape} {plane.dtype} in {name}",
+                    cause="two acquisitions in one folder, or an interrupted one",
+                    remedy="keep one stack per folder",
+                )
+            )
+    shape = (len(names), *first.shape)
+    check_volume(shape, first.dtype, what=str(folder))
+    listing = hashlib.sha256()
+    for name, plane in zip(names, planes, strict=True):
+        listing.update(f"{name} {plane.size} {plane.mtime_ns};".encode())
+    identity = {
+        "path": str(folder.resolve()),
+        "channel": channel,
+        "timepoint": timepoint,
+        "level": level,
+        "shape": list(shape),
+        "dtype": first.dtype.str,
+        "bytes": prod(shape) * first.dtype.itemsize,
+        "fingerprint": listing.hexdigest()[:32],
+    }
+    with _opened(folder / names[0]) as tif:
+        kind, voxel_size, missing = _metadata_of(tif, tif.series[0])
+    found = Found(
+        format=f"folder of {len(names)} {kind} planes",
+        reader=None,  # type: ignore[arg-type]  # replaced below
+        shape=shape,
+        dtype=dtype_as_read(first.dtype),
+        chunks=(1, 1, shape[2]),
+        voxel_size=voxel_size,
+        identity=identity,
+        notes=_gaps(names),
+        missing_scale=missing,
+    )
+    if all(plane.offset is not None for plane in planes):
+        reader = PlanesReader.of(
+            folder=str(folder.resolve()),
+            names=names,
+            offsets=[plane.offset or 0 for plane in planes],
+            plane_shape=first.shape,
+            dtype=first.dtype,
+            stamp=str(identity["fingerprint"]),
+        )
+        found = replace(found, reader=reader)
+    else:
+        found = _converted(found, folder, _file_reader(folder, names), scratch, progress)
+    return _with_sidecar(found, folder)
+
+
+def plane_names(folder: Path) -> list[str]:
+    """List the TIFF files of a folder in natural order, without maximum projections."""
+    names = [
+        entry.name
+        for entry in folder.iterdir()
+        if entry.suffix.lower() in EXTENSIONS and not entry.name.startswith(("MAX_", ".")) and entry.is_file()
+    ]
+    return sorted(names, key=natural_key)
+
+
+# ---------------------------------------------------------------------------------------------
+# 1. headers
+
+
+class _Listener(logging.Handler):
+    """Collects what tifffile logs in this thread; it reports damage in its log, not as errors."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.thread = threading.get_ident()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.thread == self.thread:
+            self.messages.append(record.getMessage())
+
+
+_DAMAGE = re.compile(
+    r"corrupted|invalid (page )?offset|missing data|truncated|incompletely|incorrect Strip", re.I
+)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a TIFF file; anything that its reader raises or logs about damage becomes an InputError."""
+    listener = _Listener()
+    log = logging.getLogger("tifffile")
+    log.addHandler(listener)
+    try:
+        with tifffile.TiffFile(path, _multifile=False) as tif:
+            tif.series  # noqa: B018  # parses the headers
+            damage = [m for m in listener.messages if _DAMAGE.search(m)]
+            if damage:
+                raise _damaged(path, damage[0])
+            if not tif.series:
+                raise _damaged(path, "no image in it")
+            yield tif
+    except (BraincensusError, MemoryError):
+        raise
+    except Exception as err:
+        raise _damaged(path, f"{type(err).__name__}: {err}") from err
+    finally:
+        log.removeHandler(listener)
+
+
+def _damaged(path: Path, found: str) -> InputError:
+    return InputError(
+        explain(
+            f"cannot read the TIFF file {path}",
+            found=found,
+            cause="a file that was cut short or damaged while it was written or copied, or that is no TIFF",
+            remedy="copy the file again from the original",
+        )
+    )
+
+
+class _Stacked:
+    """Several series of one file, one after the other along z."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.pages = [page for part in parts for page in part.pages]
+        self.shape = (len(self.pages), *parts[0].shape[-2:])
+        self.axes = "ZYX"
+        self.dtype = parts[0].dtype
+        self.dataoffset = None
+        self.index = 0
+        self.kind = parts[0].kind
+
+
+def _the_series(tif: Any, path: Path, level: int) -> tuple[Any, tuple[str, ...]]:
+    """Choose the pages that are the volume."""
+    every = list(tif.series)
+    planes = [
+        s for s in every if s.axes in ("YX", "ZYX", "QYX", "IYX") and len(s.pages) == prod(s.shape[:-2])
+    ]
+    alike = {(s.shape[-2:], s.dtype) for s in every}
+    if len(every) > 1 and len(planes) == len(every) and len(alike) == 1 and every[0].kind != "ome":
+        check_index(level, 1, word="level", what=str(path))
+        return _Stacked(every), ()
+    volumes = [s for s in every if len(s.shape) >= 3 and "S" not in s.axes] or every
+    if len(volumes) > 1:
+        raise InputError(
+            explain(
+                f"{path} holds {len(volumes)} images, not one volume",
+                expected="one image",
+                found=", ".join(f"{s.name or s.index} {s.axes} {s.shape}" for s in volumes[:10]),
+                remedy="save the one to analyse as its own file",
+            )
+        )
+    series = volumes[0]
+    check_index(level, len(series.levels), word="level", what=str(path))
+    chosen = series.levels[level]
+    notes = (f"image {series.index} of {len(every)} used, the only stack",) if len(every) > 1 else ()
+    return chosen, notes
+
+
+def _axis_names(series: Any) -> tuple[list[str], tuple[str, ...]]:
+    """Name the axes; an axis that the file leaves unnamed is z."""
+    letters = list(series.axes)
+    if "S" in letters and series.shape[letters.index("S")] > 1:
+        raise InputError(
+            explain(
+                "a colour (RGB) TIFF is not a volume of intensities",
+                expected="one sample per pixel",
+                found=f"axes {series.axes}, shape {series.shape}",
+                cause="a rendering, or a last axis that was taken for colours",
+                remedy="export the channel to analyse as greyscale",
+            )
+        )
+    unnamed = [i for i, letter in enumerate(letters) if letter not in "TCZYXS"]
+    if "Z" in letters or not unnamed:
+        if "Z" not in letters and "T" in letters and len(letters) == 3:
+            return ["z", "y", "x"], ("the file calls its planes time points; taken as z",)
+        return [letter.lower() for letter in letters], ()
+    if len(unnamed) == 1:
+        letters[unnamed[0]] = "Z"
+        return [letter.lower() for letter in letters], ()
+    usual = USUAL_AXES.get(len(letters))
+    if usual is None:
+        return [letter.lower() for letter in letters], ()
+    return list(usual), (f"axes not named in the file; taken as {usual}",)
+
+
+def _pages_of_volume(
+    series: Any, names: Sequence[str], select: Sequence[int | None], order: Triple, path: Path
+) -> list[Any]:
+    """List the page of each plane of the selected volume, and check that its data is there."""
+    lead = tuple(series.shape[:-2])
+    if tuple(names[-2:]) != ("y", "x") or len(series.pages) != prod(lead):
+        raise InputError(
+            explain(
+                f"{path}: its pages are not the planes of a volume",
+                expected=f"{prod(lead)} pages of one plane each, for axes {''.join(names)}",
+                found=f"{len(series.pages)} pages",
+                cause="an interrupted acquisition, or a layout that is not supported",
+                remedy="save it again as ImageJ TIFF or OME-Zarr",
+            )
+        )
+    numbers = np.arange(prod(lead)).reshape(lead)[tuple(slice(None) if s is None else s for s in select[:-2])]
+    every = list(series.pages)
+    pages = [every[i] for i in numbers.ravel()]
+    size = path.stat().st_size
+    for z, page in enumerate(pages):
+        if page is None:
+            raise InputError(
+                explain(
+                    f"{path}, plane {z}: not in this file",
+                    cause="an image spread over several files, or an interrupted acquisition",
+                    remedy="merge the files, or give the folder if each holds one plane",
+                )
+            )
+        ends = [int(o) + int(n) for o, n in zip(page.dataoffsets, page.databytecounts, strict=False)]
+        if not ends or min(page.databytecounts) == 0 or max(ends) > size:
+            need_bytes(path, max(ends, default=0), plane=z)
+            raise _damaged(path, f"plane {z} has no data")
+    return pages
+
+
+def _is_mapped(page: Any) -> bool:
+    """Whether the plane lies in the file as it will lie in memory."""
+    n = int(sum(page.databytecounts))
+    return bool(page.is_final and page.dtype.kind != "b" and n >= page.nbytes and _is_one_run(page))
+
+
+def _is_one_run(page: Any) -> bool:
+    ends = np.cumsum(page.databytecounts[:-1]) + page.dataoffsets[0]
+    return bool(np.array_equal(ends, page.dataoffsets[1:]))
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """What one file of a folder says of its plane; no offset if it must be decoded."""
+
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    offset: int | None
+    size: int
+    mtime_ns: int
+
+
+def _read_headers(folder: Path, names: Sequence[str], progress: Progress | None) -> list[_Plane]:
+    def header(name: str) -> _Plane:
+        path = folder / name
+        with _opened(path) as tif:
+            if len(tif.pages) != 1:
+                raise InputError(
+                    explain(
+                        f"{folder} holds {len(names)} TIFF files of which {name} has {len(tif.pages)} planes",
+                        expected="one plane in each file, or one file",
+                        found=", ".join(names[:5]) + (" ..." if len(names) > 5 else ""),
+                        cause="a folder of tiles or channels",
+                        remedy=f"give one file, for example {path}",
+                    )
+                )
+            page = tif.pages[0]
+            _axis_names(tif.series[0])
+            status = path.stat()
+            ends = [int(o) + int(n) for o, n in zip(page.dataoffsets, page.databytecounts, strict=False)]
+            need_bytes(path, max(ends, default=0))
+            return _Plane(
+                shape=(page.imagelength, page.imagewidth),
+                dtype=page.dtype.newbyteorder(tif.byteorder),
+                offset=int(page.dataoffsets[0]) if _is_mapped(page) else None,
+                size=status.st_size,
+                mtime_ns=status.st_mtime_ns,
+            )
+
+    planes = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for i, plane in enumerate(pool.map(header, names)):
+            planes.append(plane)
+            if progress and (i % 100 == 99 or i + 1 == len(names)):
+                progress("reading the headers of planes", i + 1, len(names))
+    return planes
+
+
+_CHANNEL_IN_NAME = re.compile(r"(?:^|[_\-. ])(?:ch|channel|c)[_ ]?(\d+)(?=[_\-. ]|$)", re.I)
+
+
+def _check_one_image(folder: Path, names: Sequence[str]) -> None:
+    """Refuse a folder whose names speak of several channels or tiles: they would be interleaved."""
+    for part in ("tile", "channel", "shutter", "rotation"):
+        values = {mesospim.parse_name(name).get(part) for name in names}
+        if part == "channel" and values == {None}:
+            values = {m[1] if (m := _CHANNEL_IN_NAME.search(Path(name).stem)) else None for name in names}
+        if len(values) > 1 and len(values) < len(names):
+            raise InputError(
+                explain(
+                    f"the file names in {folder} speak of several {part}s",
+                    expected="the planes of one volume",
+                    found=f"{part} " + ", ".join(sorted(str(v) for v in values)),
+                    remedy="keep one stack per folder",
+                )
+            )
+
+
+def _gaps(names: Sequence[str]) -> tuple[str, ...]:
+    """Say which plane numbers are missing, if the names end in a running number."""
+    numbers = [int(found[-1]) for name in names if (found := re.findall(r"\d+", Path(name).stem))]
+    if len(numbers) != len(names) or sorted(set(numbers)) != numbers:
+        return ()
+    steps = np.diff(numbers)
+    step = int(np.min(steps)) if len(steps) else 1
+    missing = [n for a, b in pairwise(numbers) for n in range(a + step, b, step)]
+    if not missing or len(missing) > len(names):
+        return ()
+    shown = ", ".join(map(str, missing[:5])) + (" ..." if len(missing) > 5 else "")
+    return (
+        f"{len(missing)} planes missing by their numbers ({shown}); their neighbours are taken as adjacent",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. the copy
+
+
+def _converted(
+    found: Found, path: Path, read_planes: Any, scratch: Path | None, progress: Progress | None
+) -> Found:
+    folder = scratch_folder(scratch, beside=path.parent)
+    reader, chunks = chunked_copy(
+        name=path.stem,
+        identity=found.identity,
+        shape=found.shape,
+        dtype=found.dtype,
+        read_planes=read_planes,
+        folder=folder,
+        progress=progress,
+    )
+    note = f"compressed planes, read from a chunked copy made once: {reader.root} (delete it freely)"
+    return replace(found, reader=reader, chunks=chunks, notes=(*found.notes, note))
+
+
+def _page_reader(tif: Any, pages: Sequence[Any], path: Path) -> Any:
+    """Decode planes of one file, several at a time."""
+    tif.filehandle.set_lock(True)
+
+    def decode(z: int) -> Voxels:
+        try:
+            plane = pages[z].asarray()
+        except Exception as err:
+            raise _damaged(path, f"plane {z}: {type(err).__name__}: {err}") from err
+        return np.asarray(plane)
+
+    return _stack_with(decode)
+
+
+def _file_reader(folder: Path, names: Sequence[str]) -> Any:
+    """Decode planes that are one file each, several at a time."""
+
+    def decode(z: int) -> Voxels:
+        path = folder / names[z]
+        try:
+            return np.asarray(tifffile.imread(path))
+        except Exception as err:
+            raise _damaged(path, f"{type(err).__name__}: {err}") from err
+
+    return _stack_with(decode)
+
+
+def _stack_with(decode: Any) -> Any:
+    def read_planes(start: int, stop: int) -> Voxels:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return np.stack(list(pool.map(decode, range(start, stop))))
+
+    return read_planes
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. metadata
+
+
+def _metadata_of(tif: Any, series: Any) -> tuple[str, VoxelSize | None, str]:
+    """Return the kind of TIFF, its voxel size if it has one, and what is missing if not."""
+    if tif.is_ome:
+        voxel_size, missing = _from_ome(tif.ome_metadata, series.index)
+        return "OME-TIFF", voxel_size, missing
+    if tif.is_imagej:
+        voxel_size, missing = _from_imagej(tif.imagej_metadata or {}, tif.pages[0])
+        return "TIFF (ImageJ)", voxel_size, missing
+    kind = "BigTIFF" if tif.is_bigtiff else "TIFF"
+    return kind, None, "a TIFF without OME or ImageJ metadata"
+
+
+def _from_ome(xml: str, image: int) -> tuple[VoxelSize | None, str]:
+    try:
+        pixels = [e for e in ElementTree.fromstring(xml).iter() if e.tag.rpartition("}")[2] == "Pixels"]
+        attributes = pixels[min(image, len(pixels) - 1)].attrib
+        sizes = [
+            float(attributes[f"PhysicalSize{a}"])
+            * (um_per(attributes.get(f"PhysicalSize{a}Unit", "µm")) or np.nan)
+            for a in "ZYX"
+        ]
+    except KeyError as err:
+        return None, f"OME metadata without {err.args[0]}"
+    except (ElementTree.ParseError, ValueError, IndexError) as err:
+        return None, f"OME metadata that cannot be read ({err})"
+    if not is_voxel_size(sizes):
+        return None, "OME metadata with sizes or units that are not lengths"
+    return VoxelSize((sizes[0], sizes[1], sizes[2]), "OME metadata"), ""
+
+
+def _from_imagej(metadata: dict[str, Any], page: Any) -> tuple[VoxelSize | None, str]:
+    unit = um_per(metadata.get("unit"))
+    if unit is None:
+        return None, f"ImageJ metadata without a unit of length (unit: {metadata.get('unit', 'none')})"
+    if "spacing" not in metadata:
+        return None, "ImageJ metadata without the spacing of planes"
+    try:
+        per_pixel = [page.tags[name].value for name in ("YResolution", "XResolution")]
+        y, x = (denominator / numerator for numerator, denominator in per_pixel)
+        sizes = (abs(float(metadata["spacing"])) * unit, y * unit, x * unit)
+    except (KeyError, ValueError, TypeError, ZeroDivisionError):
+        return None, "ImageJ metadata without a pixel size"
+    if not is_voxel_size(sizes):
+        return None, f"ImageJ metadata with an impossible voxel size, {sizes}"
+    return VoxelSize(sizes, "ImageJ metadata"), ""
+
+
+def _with_sidecar(found: Found, path: Path) -> Found:
+    sidecar = mesospim.sidecar_of(path)
+    if sidecar is None:
+        return found
+    described, notes = sidecar.voxel_size(found.shape[1:])
+    extra: tuple[str, ...] = ()
+    if described and found.voxel_size is None:
+        found = replace(found, voxel_size=described)
+        extra += notes
+    elif described and found.voxel_size and not np.allclose(described.um, found.voxel_size.um, rtol=0.02):
+        extra += (f"{sidecar.path.name} says {', '.join(f'{v:g}' for v in described.um)} um instead",)
+    if lost := sidecar.missing_planes(found.shape[0]):
+        extra += (lost,)
+    return replace(found, notes=found.notes + extra)
+
+
+def _identity(
+    path: Path, channel: int, timepoint: int, level: int, shape: Triple, dtype: np.dtype[Any]
+) -> dict[str, Any]:
+    status = path.stat()
+    return {
+        "path": str(path.resolve()),
+        "channel": channel,
+        "timepoint": timepoint,
+        "level": level,
+        "shape": list(shape),
+        "dtype": dtype.str,
+        "bytes": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+    }
