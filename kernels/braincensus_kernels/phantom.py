@@ -22,8 +22,8 @@ never of the order of use, so a voxel has one value whatever box it is rendered 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from math import ceil, exp, floor, isfinite, pi, prod, sqrt
+from functools import cache, lru_cache
+from math import ceil, exp, isfinite, pi, prod, sqrt
 from typing import Any, Literal
 
 import numba
@@ -46,7 +46,8 @@ _TRIALS = 64  # in a cell's own part of a tile before it moves to the inside
 _TRIALS_INSIDE = 200_000
 _ARTEFACT_TILE_UM = 300.0
 _ARTEFACT_RADIUS_UM = (30.0, 90.0)
-_TEXTURE_UM = (10.0, 30.0, 100.0, 400.0)
+# Scales of the texture along z and across, um; the finest are as anisotropic as the blur makes them.
+_TEXTURE_UM = ((25.0, 10.0), (50.0, 25.0), (100.0, 100.0), (400.0, 400.0))
 # Standard deviation of cubic B-spline noise with uniform [-1, 1] coefficients, averaged over position.
 _SPLINE_STD = sqrt((151 / 315) ** 3 / 3)
 
@@ -62,7 +63,7 @@ class Phantom:
     """A synthetic volume with known cells; see the module for how it is made.
 
     The defaults look like mouse cortex with labelled neurons, cleared and imaged on a mesoSPIM at
-    5 um: tissue at 410 counts, noise of 17, small bright cells stretched along z.
+    5 um: tissue at 430 counts less shading, noise of 17, small bright cells stretched along z.
 
     Parameters
     ----------
@@ -79,7 +80,8 @@ class Phantom:
     radius_um : (float, float)
         Mean and standard deviation of the radius; kept within two standard deviations.
     brightness : (float, float)
-        Range of the peak above tissue, in counts, after blur and before shading; triangular.
+        Range of the peak above tissue, in counts, after blur and before shading; its logarithm
+        is triangular.
     min_separation_um : float, optional
         Least distance between the centres of two cells. Default: the largest possible diameter, so
         that no two cells overlap.
@@ -138,28 +140,31 @@ class Phantom:
     seed: int = 0
     n_cells: int | None = None
     cells_per_mm3: float | None = None
-    radius_um: tuple[float, float] = (7.0, 1.0)
-    brightness: tuple[float, float] = (220.0, 900.0)
+    radius_um: tuple[float, float] = (8.0, 1.0)
+    brightness: tuple[float, float] = (300.0, 2500.0)
     min_separation_um: float | None = None
     cluster_fraction: float = 0.0
     cluster_sigma_um: float = 40.0
     tissue: Literal["blob", "full"] = "blob"
-    tissue_level: float = 410.0
+    tissue_level: float = 430.0
     camera_offset: float = 110.0
-    texture: float = 0.06
+    texture: float = 0.1
     falloff: float = 0.25
     shading: float = 0.1
-    psf_sigma_um: tuple[float, float] = (8.0, 3.5)
-    psf_tail: tuple[float, float] = (0.3, 2.5)
+    psf_sigma_um: tuple[float, float] = (7.0, 4.0)
+    psf_tail: tuple[float, float] = (0.4, 3.0)
     artefacts_per_mm3: float = 2.0
     counts_per_photon: float = 1.0
     read_noise: float = 3.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        for name in ("voxel_size_um", "radius_um", "brightness", "psf_sigma_um", "psf_tail"):
+            object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
         self._check()
         if self.count > self.capacity:
             raise ValueError(
-                f"{self.count} cells do not fit: at a separation of {self.separation_um:g} um between centres "
+                f"{self.count} cells do not fit: with centres at least {self.separation_um:g} um apart, "
                 f"the tissue of a volume of {self.shape} voxels holds at most {self.capacity}"
             )
 
@@ -179,8 +184,8 @@ class Phantom:
         mean, spread = self.radius_um
         if not (mean > 0 and spread >= 0 and mean - 2 * spread > 0):
             raise ValueError(f"radius_um must leave mean - 2 * spread above 0, got {self.radius_um}")
-        if not 0 <= self.brightness[0] <= self.brightness[1] < 65536:
-            raise ValueError(f"brightness must be a range from 0 to 65535, got {self.brightness}")
+        if not 0 < self.brightness[0] <= self.brightness[1] < 65536:
+            raise ValueError(f"brightness must be a range above 0 and up to 65535, got {self.brightness}")
         if self.min_separation_um is not None and not 0 < self.min_separation_um < 1e4:
             raise ValueError(f"min_separation_um must be above 0 and below 1e4, got {self.min_separation_um}")
         if not (0 <= self.cluster_fraction <= 1 and self.cluster_sigma_um > 0):
@@ -217,7 +222,7 @@ class Phantom:
         """The most cells that fit."""
         return int(self._tiles.row_capacity.sum())
 
-    @cached_property
+    @property
     def count(self) -> int:
         """Number of cells in the whole volume."""
         if self.n_cells is not None:
@@ -225,10 +230,14 @@ class Phantom:
         density = 1000.0 if self.cells_per_mm3 is None else self.cells_per_mm3
         return round(density * self.tissue_mm3)
 
-    @cached_property
+    @property
+    def _size_um(self) -> npt.NDArray[np.float64]:
+        return np.array(self.voxel_size_um, np.float64)
+
+    @property
     def _tissue(self) -> npt.NDArray[np.float64]:
         """Centre, inverse semi-axes, and q = sum |u|^4 where tissue is whole and where it ends."""
-        size = np.array(self.shape) * np.array(self.voxel_size_um)
+        size = np.array(self.shape) * self._size_um
         semi = 0.48 * size
         edge = min(3 * max(self.voxel_size_um), 0.2 * float(semi.min()))
         whole = (1 - edge / float(semi.min())) ** 4
@@ -236,9 +245,9 @@ class Phantom:
             return np.concatenate([size / 2, np.zeros(3), [1.0, 2.0]])
         return np.concatenate([size / 2, 1 / semi, [whole, 1.0]])
 
-    @cached_property
+    @property
     def _tiles(self) -> _Tiles:
-        return _Tiles.plan(self)
+        return _tiles_of(self)
 
     # -- cells ------------------------------------------------------------------------------------
 
@@ -267,7 +276,7 @@ class Phantom:
                 parts.append(self._cells_in(slab))
         rows = np.concatenate(parts) if parts else np.zeros((0, 6))
         rows = rows[np.argsort(rows[:, 0], kind="stable")]
-        size = np.array(self.voxel_size_um)
+        size = self._size_um
         z, y, x = (rows[:, 1:4] / size - 0.5).T.copy()
         return {
             "label": rows[:, 0].astype(np.int64),
@@ -290,7 +299,7 @@ class Phantom:
         lo = [max(0, a - 1) for a in first]
         hi = [min(n, b + 1) for b, n in zip(last, tiles.grid, strict=True)]
         counts, labels = tiles.counts(self, lo, hi)
-        size = np.array(self.voxel_size_um)
+        size = self._size_um
         rows, lost = _place(
             _U(_key(self.seed, _PLACE)),
             _U(_key(self.seed, _LOOK)),
@@ -316,7 +325,7 @@ class Phantom:
         found: npt.NDArray[np.float64] = rows[inside]
         return found
 
-    @cached_property
+    @property
     def _radii(self) -> npt.NDArray[np.float64]:
         """The distinct radii, at equal steps of probability of a normal cut at two standard deviations."""
         low, high = 0.022750131948179195, 0.9772498680518208
@@ -325,7 +334,7 @@ class Phantom:
         return np.asarray(mean + spread * ndtri(levels), dtype=np.float64)
 
     def truth_labels(self, box: Box) -> npt.NDArray[np.uint32]:
-        """Return the true instance labels of a box: the label of the cell whose ball holds the voxel's centre.
+        """Return the true instance labels of a box: which cell's ball holds the centre of each voxel.
 
         Parameters
         ----------
@@ -340,7 +349,7 @@ class Phantom:
         self._refuse_outside(box)
         cells = self._cells_in(self._reaching(box, float(self._radii[-1])))
         out = np.zeros(box.shape, np.uint32)
-        _paint_labels(out, np.array(box.start), np.array(self.voxel_size_um), cells)
+        _paint_labels(out, np.array(box.start), self._size_um, cells)
         return out
 
     # -- voxels -----------------------------------------------------------------------------------
@@ -366,7 +375,7 @@ class Phantom:
         out = np.zeros(box.shape, np.uint16)
         if not box.size:
             return out
-        start, size = np.array(box.start), np.array(self.voxel_size_um)
+        start, size = np.array(box.start), self._size_um
         table = self._blur
         light = np.zeros(box.shape, np.float32)
         cells = self._cells_in(self._reaching(box, table.reach_um))
@@ -399,9 +408,9 @@ class Phantom:
         z, y, x = (ceil(reach_um / v) + 1 for v in self.voxel_size_um)
         return box.dilate((z, y, x)).clip(self.shape)
 
-    @cached_property
+    @property
     def _blur(self) -> _BlurTable:
-        return _BlurTable.of(self._radii, *self.psf_sigma_um, *self.psf_tail)
+        return _blur_table(tuple(self._radii.tolist()), *self.psf_sigma_um, *self.psf_tail)
 
     def _shades(self, box: Box) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         z = (np.arange(box.start[0], box.stop[0]) + 0.5) / self.shape[0]
@@ -413,7 +422,7 @@ class Phantom:
     def _add_artefacts(self, light: npt.NDArray[np.float32], box: Box) -> None:
         if not self.artefacts_per_mm3:
             return
-        size = np.array(self.voxel_size_um)
+        size = self._size_um
         reach = max(_ARTEFACT_RADIUS_UM[1], self._blur.reach_um)
         lo = np.maximum(0, np.floor((np.array(box.start) * size - reach) / _ARTEFACT_TILE_UM)).astype(
             np.int64
@@ -443,15 +452,15 @@ class Phantom:
         )
 
     def _add_tissue(self, light: npt.NDArray[np.float32], box: Box) -> None:
-        size = np.array(self.voxel_size_um)
-        scales = [s for s in _TEXTURE_UM if s >= 1.5 * size.max()]
+        size = self._size_um
+        scales = [s for s in _TEXTURE_UM if s[1] >= 1.5 * size.max()]
         amount = self.texture / sqrt(len(scales)) / _SPLINE_STD if scales else 0.0
         texture = np.ones(light.shape, np.float32)
         for number, scale in enumerate(scales if amount else []):
             _add_texture(
                 texture,
                 np.array(box.start),
-                size / scale,
+                size / np.array([scale[0], scale[1], scale[1]]),
                 _U(_key(self.seed, _TEXTURE, number)),
                 np.float32(amount),
             )
@@ -491,7 +500,7 @@ class _Tiles:
             grid[2],
             np.array(side),
             np.array(phantom.shape),
-            np.array(phantom.voxel_size_um),
+            phantom._size_um,
             phantom._tissue,
         )
         ball_um3 = pi / 6 * phantom.separation_um**3
@@ -518,6 +527,13 @@ class _Tiles:
         return out, first
 
 
+# What is derived from a phantom is cached beside it and not in it, so that a phantom that is sent to a
+# worker is a few numbers.
+@lru_cache(maxsize=8)
+def _tiles_of(phantom: Phantom) -> _Tiles:
+    return _Tiles.plan(phantom)
+
+
 @dataclass(frozen=True)
 class _BlurTable:
     """Blurred balls of each radius, 1 at their centre, by distance across z and along it."""
@@ -526,36 +542,6 @@ class _BlurTable:
     step_um: float
     across_um: float
     along_um: float
-
-    @classmethod
-    def of(
-        cls, radii: npt.NDArray[np.float64], sigma_z: float, sigma: float, tail: float, factor: float
-    ) -> _BlurTable:
-        """A ball blurred evenly has a closed form; the rest of the blur along z is a weighted sum of it."""
-        step = sigma / 4
-        across = float(radii[-1]) + 4 * sigma
-        widest = sigma_z * (factor if tail else 1.0)
-        along = float(radii[-1]) + 3.5 * widest
-        rho = np.arange(ceil(across / step) + 2) * step
-        z = np.arange(ceil(along / step) + 2) * step
-        shift = np.arange(-ceil(3.5 * widest / step), ceil(3.5 * widest / step) + 1) * step
-        kernel = (1 - tail) * _normal(shift, sqrt(sigma_z**2 - sigma**2), step)
-        kernel += tail * _normal(shift, sqrt((sigma_z * factor) ** 2 - sigma**2), step)
-        reach = z[-1] + shift[-1]
-        line = np.arange(-round(reach / step), round(reach / step) + 1) * step
-        distance = np.sqrt(rho[:, None] ** 2 + line**2)
-        values = np.zeros((len(radii), len(rho), len(z)), np.float32)
-        windows = np.lib.stride_tricks.sliding_window_view(np.arange(len(line)), len(kernel))
-        middle = len(line) // 2 - len(kernel) // 2
-        for i, radius in enumerate(radii):
-            even = _blurred_ball(distance, float(radius), sigma)
-            blurred = even[:, windows[middle : middle + len(z)]] @ kernel
-            # Down to exactly 0 at the table's end, so that no cell stops in a visible step.
-            fade = np.minimum(1, (across - rho) / sigma).clip(0)[:, None] * np.minimum(
-                1, (along - z) / sigma_z
-            ).clip(0)
-            values[i] = blurred / blurred[0, 0] * fade
-        return cls(values, step, across, along)
 
     @property
     def reach_um(self) -> float:
@@ -566,29 +552,56 @@ class _BlurTable:
         return self.values, self.step_um, self.across_um, self.along_um
 
 
-def _normal(x: npt.NDArray[np.float64], sigma: float, step: float) -> npt.NDArray[np.float64]:
+@lru_cache(maxsize=8)
+def _blur_table(
+    radii: tuple[float, ...], sigma_z: float, sigma: float, tail: float, factor: float
+) -> _BlurTable:
+    """Blur evenly, which has a closed form for a ball; the rest, along z, is a weighted sum of that."""
+    step = sigma / 4
+    across = float(radii[-1]) + 4 * sigma
+    widest = sigma_z * (factor if tail else 1.0)
+    along = float(radii[-1]) + 3.5 * widest
+    rho = np.arange(ceil(across / step) + 2) * step
+    z = np.arange(ceil(along / step) + 2) * step
+    shift = np.arange(-ceil(3.5 * widest / step), ceil(3.5 * widest / step) + 1) * step
+    kernel = (1 - tail) * _normal(shift, sqrt(sigma_z**2 - sigma**2), step)
+    kernel += tail * _normal(shift, sqrt((sigma_z * factor) ** 2 - sigma**2), step)
+    reach = z[-1] + shift[-1]
+    line = np.arange(-round(reach / step), round(reach / step) + 1) * step
+    distance = np.sqrt(rho[:, None] ** 2 + line**2)
+    values = np.zeros((len(radii), len(rho), len(z)), np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(np.arange(len(line)), len(kernel))
+    middle = len(line) // 2 - len(kernel) // 2
+    for i, radius in enumerate(radii):
+        even = _blurred_ball(distance, float(radius), sigma)
+        blurred = even[:, windows[middle : middle + len(z)]] @ kernel
+        # Down to exactly 0 at the table's end, so that no cell stops in a visible step.
+        fade = np.minimum(1, (across - rho) / sigma).clip(0)[:, None] * np.minimum(
+            1, (along - z) / sigma_z
+        ).clip(0)
+        values[i] = blurred / blurred[0, 0] * fade
+    return _BlurTable(values, step, across, along)
+
+
+def _normal(x: npt.NDArray[Any], sigma: float, step: float) -> npt.NDArray[np.float64]:
     if sigma < step / 2:
-        return (x == 0).astype(np.float64)
+        return np.asarray(x == 0, dtype=np.float64)
     w = np.exp(-0.5 * (x / sigma) ** 2)
     return np.asarray(w / w.sum(), dtype=np.float64)
 
 
 def _blurred_ball(d: npt.NDArray[np.float64], radius: float, sigma: float) -> npt.NDArray[np.float64]:
-    """Indicator of a ball convolved with an isotropic Gaussian, at distance `d` from its centre."""
+    """Return a ball of brightness 1 blurred by an isotropic Gaussian, at distance `d` from its centre."""
     d = np.maximum(d, 1e-3 * sigma)
     a, b = (radius - d) / (sqrt(2) * sigma), (radius + d) / (sqrt(2) * sigma)
     wave = sigma / (sqrt(2 * pi) * d) * (np.exp(-(a**2)) - np.exp(-(b**2)))
     return np.asarray(0.5 * (erf(a) + erf(b)) - wave, dtype=np.float64)
 
 
-_TABLES: dict[str, npt.NDArray[np.float32]] = {}
-
-
+@cache
 def _gaussians() -> npt.NDArray[np.float32]:
-    """Quantiles of the normal distribution: 16 random bits to one normal number."""
-    if "gaussians" not in _TABLES:
-        _TABLES["gaussians"] = ndtri((np.arange(65536) + 0.5) / 65536).astype(np.float32)
-    return _TABLES["gaussians"]
+    """Tabulate the quantiles of the normal distribution: 16 random bits to one normal number."""
+    return np.asarray(ndtri((np.arange(65536) + 0.5) / 65536), dtype=np.float32)
 
 
 # -- hashes (the mixing function of splitmix64) -----------------------------------------------------
@@ -597,7 +610,7 @@ _MASK = (1 << 64) - 1
 
 
 def _key(seed: int, *where: int) -> int:
-    """The same as `_hash`, in Python: a key for a use of the seed."""
+    """Derive the key of one use of the seed: `_hash`, chained, in Python."""
     key = seed
     for part in where:
         key = (key ^ ((part + 0x9E3779B97F4A7C15) * 0xD1342543DE82EF95)) & _MASK
@@ -790,7 +803,7 @@ def _place(  # type: ignore[no-untyped-def]
                     rows[n, 0] = labels[z, y, x] + j
                     rows[n, 4] = radii[np.int64(_unit(_hash(_hash(look_key, j), 0)) * len(radii))]
                     share = 0.5 * (_unit(_hash(_hash(look_key, j), 1)) + _unit(_hash(_hash(look_key, j), 2)))
-                    rows[n, 5] = brightness[0] + (brightness[1] - brightness[0]) * share
+                    rows[n, 5] = brightness[0] * (brightness[1] / brightness[0]) ** share
                     n += 1
 
     # Buckets of one separation, each a linked list, find what is near.
