@@ -15,6 +15,7 @@ import numpy as np
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.intensity import (
     IntensityScale,
+    JointHistogram,
     Tissue,
     add_histograms,
     find_tissue,
@@ -22,6 +23,7 @@ from braincensus_kernels.intensity import (
     joint_histogram,
     scale_for,
     tile_statistics,
+    tissue_median,
     tissue_range,
 )
 
@@ -33,8 +35,8 @@ from braincensus.tasks import Context
 from braincensus.volume import Volume
 
 TILE_MEDIAN = "braincensus/tile_median"
-NOT_TISSUE = -1.0
-"""Stored as the median of a constant tile: padding, which no camera makes."""
+"""Array of tile medians in the integer units of the range's scale; NaN for a constant tile: padding,
+which no camera makes."""
 
 _WINDOW = 64
 _WINDOW_STRIDE = 32
@@ -54,11 +56,16 @@ class IntensityRange:
     """What the pass found; intensities are in the integer units of `scale`."""
 
     scale: IntensityScale
-    tissue_threshold: float
     tissue: Tissue
     low: float
     high: float
-    windows: tuple[Window, ...]
+    median: float
+    windows: tuple[Window, ...] = ()
+
+    @property
+    def tissue_threshold(self) -> float:
+        """Tiles with a median from here on are tissue; 0 where all but constant tiles are."""
+        return self.tissue.threshold or 0.0
 
     def summary(self) -> dict[str, Any]:
         """Give the provenance, in the input's own units."""
@@ -70,6 +77,13 @@ class IntensityRange:
             ),
             "tissue_fraction": self.tissue.tissue_fraction,
         }
+
+
+@dataclass(frozen=True)
+class _Scanned:
+    joint: JointHistogram
+    windows: list[Window]
+    extrema: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -90,93 +104,87 @@ def run(context: Context) -> IntensityRange:
     """
     plan = context.plan
     volume, grid, settings = plan.volume, plan.scan_grid, plan.config.intensity
-    floats = volume.dtype.kind == "f"
-    with context.stage("intensity", plan.voxels * (2 if floats else 1)):
-        scale = scale_for(volume.dtype, 0.0, 0.0)
-        if floats:
-            scale = _float_scale(context)
+    plain = volume.dtype.kind in "bu" and volume.dtype.itemsize <= 2  # integer as it is: one pass will do
+    with context.stage("intensity", plan.voxels * (1 if plain else 2)):
+        scale = scale_for(volume.dtype, 0.0, 0.0) if plain else _scale(context)
         tile_shape = tuple(-(-n // LATTICE) for n in volume.shape)
         chunk = tuple(n // LATTICE for n in grid.block_shape)
         context.output.create_array(
-            TILE_MEDIAN, shape=tile_shape, dtype="float32", chunk=chunk, shard=None, fill_value=NOT_TISSUE
+            TILE_MEDIAN, shape=tile_shape, dtype="float32", chunk=chunk, shard=None, fill_value=np.nan
         )
-        joint: Any = None
+        joint = add_histograms([])
         windows: list[Window] = []
-        lowest, highest = np.inf, -np.inf
+        extrema: list[tuple[float, float]] = []
         spec = _Scan(volume, grid, context.output, scale)
-        for _, found in context.map(
-            "intensity",
-            _scan_block,
-            spec,
-            grid,
-            name="intensity-block",
-        ):
-            block_joint, block_windows, low, high = found
-            joint = block_joint if joint is None else add_histograms(joint, block_joint)
-            windows.extend(block_windows)
-            lowest, highest = min(lowest, low), max(highest, high)
-        _refuse_constant(lowest, highest, volume)
-        tissue = find_tissue(joint)
-        threshold = tissue.threshold or 0.0
+        for _, found in context.map("intensity", _scan_block, spec, grid, name="intensity-block"):
+            joint = add_histograms([joint, found.joint])
+            windows.extend(found.windows)
+            extrema.append(found.extrema)
+        _refuse_constant(extrema, volume)
+        threshold = None
         if settings.tissue_threshold != "auto":
-            threshold = float(scale.quantise(np.asarray([settings.tissue_threshold], dtype=volume.dtype))[0])
-            tissue = find_tissue(joint, threshold=threshold)
-        low, high = tissue_range(joint, tissue, settings.low_percentile, settings.high_percentile)
+            threshold = (settings.tissue_threshold - scale.offset) * scale.scale
+        tissue = find_tissue(joint, threshold=threshold)
+        low, high = tissue_range(
+            joint, tissue, low_percentile=settings.low_percentile, high_percentile=settings.high_percentile
+        )
     windows.sort(key=lambda window: window.box)
-    return IntensityRange(scale, threshold, tissue, low, high, tuple(windows))
+    return IntensityRange(scale, tissue, low, high, tissue_median(joint, tissue), tuple(windows))
 
 
-def _float_scale(context: Context) -> IntensityScale:
-    """Find the range of a floating-point volume first, so that its sums can be exact integers."""
+def _scale(context: Context) -> IntensityScale:
+    """Find the extrema first where values must be mapped to integers for their sums to be exact."""
     plan = context.plan
     spec = _Scan(plan.volume, plan.scan_grid, context.output, None)
-    lowest, highest = np.inf, -np.inf
-    for _, (low, high) in context.map(
-        "intensity",
-        _extrema_block,
-        spec,
-        plan.scan_grid,
-        name="extrema-block",
-    ):
-        lowest, highest = min(lowest, low), max(highest, high)
-    _refuse_constant(lowest, highest, plan.volume)
-    return scale_for(plan.volume.dtype, lowest, highest)
+    extrema = [
+        found
+        for _, found in context.map(
+            "intensity", _extrema_block, spec, plan.scan_grid, name="extrema-block"
+        )
+    ]
+    _refuse_constant(extrema, plan.volume)
+    return scale_for(plan.volume.dtype, min(low for low, _ in extrema), max(high for _, high in extrema))
 
 
 def _extrema_block(spec: _Scan, number: int) -> tuple[float, float]:
     core = spec.grid[number].core
-    low, high, bad, first = finite_extrema(spec.volume.read(core))
-    if bad:
-        where = np.unravel_index(int(first), core.shape)
-        position = tuple(int(a) + int(b) for a, b in zip(where, core.start, strict=True))
+    found = finite_extrema(spec.volume.read(core))
+    if found.first_nonfinite is not None:
+        position = tuple(a + b for a, b in zip(found.first_nonfinite, core.start, strict=True))
         raise InputError(
             explain(
                 f"{spec.volume.source} holds voxels that are not numbers",
                 expected="finite intensities",
-                found=f"{bad} NaN or infinite voxels in one block, the first at z,y,x = {position}",
+                found=f"{found.n_nonfinite} NaN or infinite voxels in one block, "
+                f"the first at z,y,x = {position}",
                 cause="a fusion or a division that left gaps",
                 remedy="replace them with 0 (for example numpy.nan_to_num) and run again",
             )
         )
-    return float(low), float(high)
+    return found.minimum, found.maximum
 
 
-def _scan_block(spec: _Scan, number: int) -> tuple[Any, list[Window], float, float]:
+def _scan_block(spec: _Scan, number: int) -> _Scanned:
     assert spec.scale is not None
     core = spec.grid[number].core
     values = spec.volume.read(core)
-    low, high, _, _ = finite_extrema(values)
+    found = finite_extrema(values)
     quantised = spec.scale.quantise(values)
     del values
     tiles = tile_statistics(quantised)
-    median = np.where(tiles.constant, np.float32(NOT_TISSUE), tiles.median)
-    tile_box = Box(
-        (core.start[0] // LATTICE, core.start[1] // LATTICE, core.start[2] // LATTICE),
-        (-(-core.stop[0] // LATTICE), -(-core.stop[1] // LATTICE), -(-core.stop[2] // LATTICE)),
+    median = np.where(tiles.constant, np.float32(np.nan), tiles.median)
+    spec.output.write_block(TILE_MEDIAN, tiles_of(core), median)
+    windows = _candidate_windows(core, np.where(tiles.constant, np.float32(-1), tiles.median), tiles.mean)
+    return _Scanned(joint_histogram(quantised, tiles), windows, (found.minimum, found.maximum))
+
+
+def tiles_of(box: Box) -> Box:
+    """Return the tiles, in tile coordinates, that hold a box of voxels."""
+    start, stop = box.start, box.stop
+    return Box(
+        (start[0] // LATTICE, start[1] // LATTICE, start[2] // LATTICE),
+        (-(-stop[0] // LATTICE), -(-stop[1] // LATTICE), -(-stop[2] // LATTICE)),
     )
-    spec.output.write_block(TILE_MEDIAN, tile_box, median)
-    windows = _candidate_windows(core, median, tiles.mean)
-    return joint_histogram(quantised, tiles), windows, float(low), float(high)
 
 
 def _candidate_windows(core: Box, median: np.ndarray, mean: np.ndarray) -> list[Window]:
@@ -209,7 +217,8 @@ def _candidate_windows(core: Box, median: np.ndarray, mean: np.ndarray) -> list[
     return windows
 
 
-def _refuse_constant(lowest: float, highest: float, volume: Volume) -> None:
+def _refuse_constant(extrema: list[tuple[float, float]], volume: Volume) -> None:
+    lowest, highest = min(low for low, _ in extrema), max(high for _, high in extrema)
     if lowest == highest:
         raise InputError(
             explain(

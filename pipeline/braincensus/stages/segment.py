@@ -7,7 +7,7 @@ true border the input is mirrored; that, too, depends on nothing but the volume.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from braincensus.blocks import BlockGrid
 from braincensus.config import IntensityForeground, WNet3DForeground
 from braincensus.errors import InputError, explain
 from braincensus.planning import LATTICE, Segmentation
-from braincensus.stages.intensity import TILE_MEDIAN, IntensityRange, Window
+from braincensus.stages.intensity import TILE_MEDIAN, IntensityRange, Window, tiles_of
 from braincensus.store import Output, chunk_and_shard
 from braincensus.tasks import Context
 from braincensus.volume import Volume
@@ -57,15 +57,12 @@ def run(context: Context, intensity: IntensityRange, weights: Weights | None) ->
     """Segment the volume; returns what belongs in the provenance."""
     plan = context.plan
     grid, foreground = plan.segment_grid, plan.config.foreground
-    intensity_for_tasks = IntensityRange(
-        intensity.scale, intensity.tissue_threshold, intensity.tissue, intensity.low, intensity.high, ()
-    )
     spec = _Segment(
         volume=plan.volume,
         grid=grid,
         output=context.output,
         segmentation=plan.segmentation,
-        intensity=intensity_for_tasks,
+        intensity=replace(intensity, windows=()),
         foreground=foreground,
         weights_source=weights.source if weights else "",
         weights_sha256=weights.sha256 if weights else "",
@@ -240,14 +237,3 @@ def _intensity_foreground(spec: _Segment, core: Box) -> np.ndarray:
         median=intensity.tissue.median,
         high=intensity.high,
     )
-
-
-def tiles_around(box: Box, margin: Triple, shape: Triple) -> Box:
-    """Return the tiles (in tile coordinates) that hold `box` and a margin of tiles, inside the volume."""
-    tile_shape = (-(-shape[0] // LATTICE), -(-shape[1] // LATTICE), -(-shape[2] // LATTICE))
-    start, stop = box.start, box.stop
-    held = Box(
-        (start[0] // LATTICE, start[1] // LATTICE, start[2] // LATTICE),
-        (-(-stop[0] // LATTICE), -(-stop[1] // LATTICE), -(-stop[2] // LATTICE)),
-    )
-    return held.dilate(margin).clip(tile_shape)

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from braincensus_kernels.boxes import Box
-from braincensus_kernels.filters import gaussian_blur, gaussian_radius
+from braincensus_kernels.filters import blur_radii, gaussian_blur
 from braincensus_kernels.histogram import bin_counts, otsu_threshold
 
 from braincensus.blocks import BlockGrid
 from braincensus.errors import InputError, explain
 from braincensus.planning import LATTICE
-from braincensus.stages.intensity import TILE_MEDIAN
-from braincensus.stages.segment import PROBABILITY, PROBABILITY_TOP, tiles_around
+from braincensus.stages.intensity import TILE_MEDIAN, tiles_of
+from braincensus.stages.segment import PROBABILITY, PROBABILITY_TOP
 from braincensus.store import Output
 from braincensus.tasks import Context
 
@@ -46,8 +46,7 @@ def run(context: Context, *, tissue_threshold: float) -> float:
     labelling = plan.config.labelling
     if labelling.threshold != "otsu":
         return float(labelling.threshold)
-    radius = tuple(gaussian_radius(s) for s in plan.outline_sigma_voxels)
-    grid = BlockGrid(plan.volume.shape, plan.label_grid.block_shape, (radius[0], radius[1], radius[2]))
+    grid = BlockGrid(plan.volume.shape, plan.label_grid.block_shape, blur_radii(plan.outline_sigma_voxels))
     spec = _Threshold(
         grid, context.output, plan.outline_sigma_voxels, labelling.foreground_threshold, tissue_threshold
     )
@@ -87,16 +86,22 @@ def read_foreground(output: Output, box: Box, floor: float | None) -> np.ndarray
 def _threshold_block(spec: _Threshold, number: int) -> np.ndarray:
     block = spec.grid[number]
     probability = read_foreground(spec.output, block.outer, spec.floor)
-    # Away from the volume's border the halo gives the blur all it needs; at the border it clamps.
-    blurred = gaussian_blur(probability, spec.outline_sigma)[block.core.slices_in(block.outer)]
+    blurred = gaussian_blur(
+        probability,
+        outer=block.outer,
+        inner=block.core,
+        volume_shape=spec.grid.volume_shape,
+        sigma=spec.outline_sigma,
+    )
     tissue = _tissue(spec, block.core)
     counts: np.ndarray = bin_counts(blurred[tissue], 0.0, 1.0, bins=_BINS)
     return counts
 
 
 def _tissue(spec: _Threshold, core: Box) -> np.ndarray:
-    tiles = tiles_around(core, (0, 0, 0), spec.grid.volume_shape)
-    is_tissue = spec.output.read_block(TILE_MEDIAN, tiles) >= np.float32(max(spec.tissue_threshold, 0.0))
+    tiles = tiles_of(core)
+    # A constant tile is NaN, and no comparison with NaN holds.
+    is_tissue = spec.output.read_block(TILE_MEDIAN, tiles) >= np.float32(spec.tissue_threshold)
     for axis in range(3):
         is_tissue = np.repeat(is_tissue, LATTICE, axis=axis)
     origin = tuple(a - b * LATTICE for a, b in zip(core.start, tiles.start, strict=True))
