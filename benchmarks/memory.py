@@ -17,9 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from braincensus.phantom import write_phantom
+
 from braincensus import RunConfig, run
 from braincensus.cluster import connect, resources_for
-from braincensus.phantom import write_phantom
 from braincensus_kernels.phantom import Phantom
 
 MIB = 1024**2
@@ -68,11 +69,15 @@ def measure(gigabytes: float, block: int, workers: int, folder: Path) -> None:
 
 def main() -> None:
     """Run one process for each size."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes-gb", type=float, nargs="+", default=[1.0, 8.0])
     parser.add_argument("--block", type=int, default=256)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="where to write (needs about twice the size); default: temporary")
+    parser.add_argument(
+        "--folder", type=Path, help="where to write (needs about twice the size); default: temporary"
+    )
     parser.add_argument("--one", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one is not None:

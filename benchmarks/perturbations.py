@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
 from braincensus import RunConfig, open_volume, run
 from braincensus.cluster import connect, resources_for
 from braincensus_kernels import voronoi_otsu
@@ -73,7 +74,9 @@ PERTURBATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def table(image: np.ndarray, voxel_size_um: tuple[float, float, float], folder: Path) -> list[dict[str, object]]:
+def table(
+    image: np.ndarray, voxel_size_um: tuple[float, float, float], folder: Path
+) -> list[dict[str, object]]:
     """Run every method on every perturbation; one dict per row."""
     configs = {
         "intensity": RunConfig().merged({"foreground": {"model": "intensity"}}),
@@ -108,13 +111,19 @@ def table(image: np.ndarray, voxel_size_um: tuple[float, float, float], folder: 
 
 def main() -> None:
     """Print the table as markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("volume", nargs="?", help="any volume that fits in memory; default: a phantom of 128^3")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "volume", nargs="?", help="any volume that fits in memory; default: a phantom of 128^3"
+    )
     parser.add_argument("--voxel-size", default="5,5.26,5.26", help="z,y,x in um")
     args = parser.parse_args()
     z, y, x = (float(part) for part in args.voxel_size.split(","))
     if args.volume is None:
-        image = Phantom(shape=(128, 128, 128), n_cells=600, seed=3, tissue="full").render(Box.whole((128,) * 3))
+        image = Phantom(shape=(128, 128, 128), n_cells=600, seed=3, tissue="full").render(
+            Box.whole((128,) * 3)
+        )
     else:
         volume = open_volume(args.volume, voxel_size_um=(z, y, x))
         image = volume.read(volume.box)
@@ -123,7 +132,10 @@ def main() -> None:
     print("| " + " | ".join(rows[0]) + " |")
     print("|" + "---|" * len(rows[0]))
     for row in rows:
-        cells = [f"{v:.3f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()]
+        cells = [
+            f"{v:.3f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
+            for v in row.values()
+        ]
         print("| " + " | ".join(cells) + " |")
 
 

@@ -119,7 +119,7 @@ class BlockGrid:
         return faces
 
     def neighbours(self, block: Block, distance_voxels: int) -> list[int]:
-        """Return the numbers of the blocks whose core lies within a distance of this core, itself included."""
+        """Return the numbers of the blocks within a distance of this block's core, itself included."""
         near = block.core.dilate(distance_voxels).clip(self.volume_shape)
         return self.numbers_in(near)
 

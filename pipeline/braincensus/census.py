@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from braincensus_kernels.models.checkpoints import Weights, load_weights
 from braincensus_kernels.models.predict import resolve_precision
 from distributed import Client
 
@@ -24,15 +23,26 @@ from braincensus.progress import Progress, Silent
 from braincensus.result import Result
 from braincensus.stages import intensity, label, measure, pyramid, relabel, segment, stitch, threshold
 from braincensus.store import (
-    Output,
     check_free,
     create_output,
     write_blocks_table,
 )
 from braincensus.tasks import Context
 from braincensus.volume import Volume, open_volume
+from braincensus_kernels.models.checkpoints import Weights, load_weights
 
-_RECORDED = ("braincensus", "dask", "distributed", "zarr", "numcodecs", "torch", "numpy", "scipy", "numba", "monai")
+_RECORDED = (
+    "braincensus",
+    "dask",
+    "distributed",
+    "zarr",
+    "numcodecs",
+    "torch",
+    "numpy",
+    "scipy",
+    "numba",
+    "monai",
+)
 
 
 def run(
@@ -126,7 +136,7 @@ def _run_stages(context: Context, weights: Weights | None) -> Result:
         {
             "n_cells": index.n_cells,
             "labelling": {
-                "outline_threshold": outline,
+                "outline_threshold": outline / segment.PROBABILITY_TOP,
                 "max_steps_voxels": plan.max_steps,
                 "growth_steps_seen": max(block.growth_steps for block in blocks),
                 "halo_voxels": list(plan.label_grid.halo),
@@ -218,7 +228,7 @@ def _connected(plan: Plan, client: Client | None) -> Iterator[tuple[Client, clus
 
 @contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
-    """A place beside the output for a converted copy of the input; removed when the run succeeds."""
+    """Give a place beside the output for a converted copy of the input; removed when the run succeeds."""
     scratch = output.absolute().parent / f".{output.name}.input"
     yield scratch
     shutil.rmtree(scratch, ignore_errors=True)

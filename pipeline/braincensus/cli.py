@@ -27,9 +27,7 @@ _TRIPLE = "Z,Y,X"
 Input = Annotated[
     str, typer.Argument(metavar="INPUT", help="OME-Zarr, TIFF, folder of planes, or .npy", show_default=False)
 ]
-Output = Annotated[
-    Path, typer.Argument(metavar="OUTPUT", help="the OME-Zarr to write", show_default=False)
-]
+Output = Annotated[Path, typer.Argument(metavar="OUTPUT", help="the OME-Zarr to write", show_default=False)]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML; `braincensus config` prints one")
 ]
@@ -45,13 +43,19 @@ BlockSize = Annotated[
 Foreground = Annotated[
     str | None, typer.Option(metavar="wnet3d|intensity", help="foreground model", show_default="wnet3d")
 ]
-Weights = Annotated[str | None, typer.Option(help="weights of WNet3D: compact, or a path", show_default="compact")]
-SpotSigma = Annotated[str | None, typer.Option(metavar="S|Z,Y,X", help="blur before seeds; larger: fewer cells")]
+Weights = Annotated[
+    str | None, typer.Option(help="weights of WNet3D: compact, or a path", show_default="compact")
+]
+SpotSigma = Annotated[
+    str | None, typer.Option(metavar="S|Z,Y,X", help="blur before seeds; larger: fewer cells")
+]
 OutlineSigma = Annotated[str | None, typer.Option(metavar="S|Z,Y,X", help="blur before the outline")]
 ForegroundThreshold = Annotated[
     float | None, typer.Option(metavar="P", help="probability below this counts as 0 (the paper: 0.6, 0.65)")
 ]
-Threshold = Annotated[str | None, typer.Option(metavar="otsu|FLOAT", help="outline threshold", show_default="otsu")]
+Threshold = Annotated[
+    str | None, typer.Option(metavar="otsu|FLOAT", help="outline threshold", show_default="otsu")
+]
 MinVolume = Annotated[float | None, typer.Option(metavar="UM3", help="remove smaller cells")]
 MaxVolume = Annotated[float | None, typer.Option(metavar="UM3", help="remove larger cells (artefacts)")]
 Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", show_default="auto")]
@@ -89,7 +93,7 @@ def run(
     """Count the cells of a volume: labels, cell table and density map in one OME-Zarr."""
     with _explaining():
         import braincensus
-        from braincensus.report.console import ConsoleProgress, plan_table, result_table
+        from braincensus.report.console import ConsoleProgress, result_table
 
         settings = _settings(
             config=config,
@@ -205,7 +209,9 @@ def demo(
 @app.command()
 def phantom(
     output: Output,
-    size: Annotated[str, typer.Option(metavar=_TRIPLE, help="voxels", show_default="192,192,192")] = "192,192,192",
+    size: Annotated[
+        str, typer.Option(metavar=_TRIPLE, help="voxels", show_default="192,192,192")
+    ] = "192,192,192",
     cells: Annotated[int, typer.Option(help="number of cells")] = 2000,
     seed: Annotated[int, typer.Option(help="the same seed gives the same volume")] = 0,
     voxel_size: Annotated[str, typer.Option("--voxel-size", metavar=_TRIPLE, help="um")] = "5,5.26,5.26",
@@ -226,7 +232,9 @@ def phantom(
             write_phantom(
                 output, made, overwrite=overwrite, progress=lambda voxels: progress.advance("phantom", voxels)
             )
-        _out.print(f"{output}: {cells:,} cells; the truth is in {output}/truth/cells.parquet", highlight=False)
+        _out.print(
+            f"{output}: {cells:,} cells; the truth is in {output}/truth/cells.parquet", highlight=False
+        )
 
 
 @app.command()
@@ -271,7 +279,9 @@ def train(
 
 @app.callback(invoke_without_command=True)
 def main(
-    version: Annotated[bool, typer.Option("--version", help="print the version and stop", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and stop", is_eager=True)
+    ] = False,
 ) -> None:
     """Every labelled cell of a cleared brain, counted once."""
     if version:
@@ -348,7 +358,9 @@ def _triple(text: str | None, option: str) -> tuple[float, float, float] | None:
         numbers *= 3
     if len(numbers) != 3:
         raise ConfigError(
-            explain(f"{option} {text!r} is not understood", expected="one number, or three as Z,Y,X", found=text)
+            explain(
+                f"{option} {text!r} is not understood", expected="one number, or three as Z,Y,X", found=text
+            )
         )
     return numbers[0], numbers[1], numbers[2]
 

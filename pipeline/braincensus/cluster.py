@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import psutil
-from braincensus_kernels.backend import cuda_available
 from distributed import Client, LocalCluster
 from distributed.system import MEMORY_LIMIT
 
 from braincensus.config import Compute
 from braincensus.errors import ConfigError, explain
+from braincensus_kernels.backend import cuda_available
 
 GIB = 1024**3
 _THREADS_OF_A_LOCAL_WORKER = 8

@@ -70,7 +70,9 @@ class WNet3DForeground(_Section):
     """Foreground probability from the self-supervised network of CellSeg3D."""
 
     model: Literal["wnet3d"] = "wnet3d"
-    weights: str = Field("compact", description="compact (shipped), or the path of a .safetensors or .pth file")
+    weights: str = Field(
+        "compact", description="compact (shipped), or the path of a .safetensors or .pth file"
+    )
     norm: Literal["calibrated", "window"] = Field(
         "calibrated",
         description="calibrated: frozen statistics, so that the network is a fixed local function; "
@@ -105,8 +107,12 @@ class VoronoiOtsu(_Section):
     """Instances by Voronoi-Otsu labelling of the foreground probability."""
 
     method: Literal["voronoi-otsu"] = "voronoi-otsu"
-    spot_sigma: TripleSigma = Field((0.65, 0.65, 0.65), description="blur before seeds are found; larger: fewer")
-    outline_sigma: TripleSigma = Field((0.65, 0.65, 0.65), description="blur before the outline is thresholded")
+    spot_sigma: TripleSigma = Field(
+        (0.65, 0.65, 0.65), description="blur before seeds are found; larger: fewer"
+    )
+    outline_sigma: TripleSigma = Field(
+        (0.65, 0.65, 0.65), description="blur before the outline is thresholded"
+    )
     sigma_unit: Literal["voxels", "um"] = Field("voxels", description="unit of both sigmas")
     seeds: Literal["plateau", "strict"] = Field(
         "plateau", description="plateau: one seed per flat maximum; strict: flat maxima give none"
@@ -143,7 +149,9 @@ class Compute(_Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     cluster: str = Field("local", description="local, or the address of a Dask scheduler, tcp://host:8786")
-    workers: Positive | None = Field(None, description="worker processes of a local cluster; null: from the cores")
+    workers: Positive | None = Field(
+        None, description="worker processes of a local cluster; null: from the cores"
+    )
     threads_per_worker: Positive | None = Field(
         None, description="threads that one block's arithmetic uses; null: the cores divided by the workers"
     )
@@ -217,7 +225,13 @@ class RunConfig(_Section):
                 for e in err.errors()
             ]
             raise ConfigError(
-                "\n".join([f"{source}: not a valid configuration", *lines, "  `braincensus config` lists every field"])
+                "\n".join(
+                    [
+                        f"{source}: not a valid configuration",
+                        *lines,
+                        "  `braincensus config` lists every field",
+                    ]
+                )
             ) from None
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from braincensus_kernels.metrics import Match, match_centroids
-from braincensus_kernels.phantom import Phantom
 from rich.table import Table
 
 from braincensus.census import run
@@ -16,6 +14,8 @@ from braincensus.phantom import read_truth, write_phantom
 from braincensus.progress import Progress
 from braincensus.report.console import result_table
 from braincensus.report.picture import draw_census
+from braincensus_kernels.metrics import Match, match_centroids
+from braincensus_kernels.phantom import Phantom
 
 SHAPE = (160, 224, 224)
 N_CELLS = 3000
@@ -55,7 +55,11 @@ def run_demo(
         match=match,
         title="braincensus demo",
     )
-    return [result_table(result), _comparison(match, len(cells), len(truth)), _places(source, output, picture)]
+    return [
+        result_table(result),
+        _comparison(match, len(cells), len(truth)),
+        _places(source, output, picture),
+    ]
 
 
 def compare(cells: Any, truth: Any) -> Match:
@@ -84,5 +88,8 @@ def _places(source: Path, output: Path, picture: Path) -> Table:
     table.add_row("volume", str(source))
     table.add_row("census", str(output))
     table.add_row("in napari", f"napari --plugin napari-ome-zarr {output}")
-    table.add_row("the table", f"python -c \"import braincensus as b; print(b.open_result('{output}').cells.to_pandas())\"")
+    table.add_row(
+        "the table",
+        f"python -c \"import braincensus as b; print(b.open_result('{output}').cells.to_pandas())\"",
+    )
     return table

@@ -13,15 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, prod
 
-from braincensus_kernels.boxes import Triple
 from braincensus_kernels.models.predict import projected_bytes
-from braincensus_kernels.voronoi_otsu import reach_voxels
 
 from braincensus.blocks import BlockGrid
 from braincensus.cluster import GIB, Resources
 from braincensus.config import IntensityForeground, RunConfig, WNet3DForeground
 from braincensus.errors import PlanError, explain
 from braincensus.volume import Volume
+from braincensus_kernels.boxes import Triple
+from braincensus_kernels.voronoi_otsu import reach_voxels
 
 LATTICE = 8
 """Voxels between the positions at which tiles and network patches may start (the network pools thrice)."""
@@ -35,7 +35,13 @@ _LABEL_BYTES_PER_VOXEL = 22  # of a block and its halo: probability, two blurs, 
 _WINDOW = 64  # the original plugin's windows: 64 voxels, of which each contributes its middle 48
 _WINDOW_HALO = 8
 
-_VOXELS_PER_CORE_SECOND = {"intensity": 25e6, "threshold": 20e6, "label": 8e6, "relabel": 25e6, "pyramid": 15e6}
+_VOXELS_PER_CORE_SECOND = {
+    "intensity": 25e6,
+    "threshold": 20e6,
+    "label": 8e6,
+    "relabel": 25e6,
+    "pyramid": 15e6,
+}
 _MULTIPLY_ADDS_PER_CORE_SECOND = {"bfloat16": 60e9, "float32": 30e9}
 
 
@@ -134,7 +140,8 @@ class Plan:
             side
             for side in _BLOCK_SIDES
             if side < max(self.label_grid.block_shape)
-            and _label_bytes(self._with_block(side), self.volume, self.resources) <= self.resources.memory_bytes
+            and _label_bytes(self._with_block(side), self.volume, self.resources)
+            <= self.resources.memory_bytes
         ]
         if not fits:
             return "fewer threads per worker, a smaller labelling.max_radius_um, or more memory"
@@ -145,7 +152,12 @@ class Plan:
 
 
 def make_plan(
-    volume: Volume, config: RunConfig, resources: Resources, *, channels: tuple[int, ...] | None, precision: str
+    volume: Volume,
+    config: RunConfig,
+    resources: Resources,
+    *,
+    channels: tuple[int, ...] | None,
+    precision: str,
 ) -> Plan:
     """Decide the grids and project what they cost.
 
@@ -161,7 +173,8 @@ def make_plan(
     shape, size = volume.shape, volume.voxel_size_um
     labelling = config.labelling
     spot, outline = (
-        _sigma_voxels(sigma, labelling.sigma_unit, size) for sigma in (labelling.spot_sigma, labelling.outline_sigma)
+        _sigma_voxels(sigma, labelling.sigma_unit, size)
+        for sigma in (labelling.spot_sigma, labelling.outline_sigma)
     )
     max_steps = ceil(labelling.max_radius_um / min(size))
     halo = reach_voxels(spot, outline, max_steps)
@@ -262,13 +275,17 @@ def _memory(plan: Plan) -> dict[str, int]:
 
 def _label_bytes(grid: BlockGrid, volume: Volume, resources: Resources) -> int:
     """Probability, two blurs, mask and labels of the outer box, and the raw core, for each thread."""
-    outer = prod(min(b + 2 * h, n) for b, h, n in zip(grid.block_shape, grid.halo, grid.volume_shape, strict=True))
+    outer = prod(
+        min(b + 2 * h, n) for b, h, n in zip(grid.block_shape, grid.halo, grid.volume_shape, strict=True)
+    )
     core = prod(grid.block_shape)
-    return _PROCESS_BYTES + resources.threads * (outer * _LABEL_BYTES_PER_VOXEL + core * (volume.dtype.itemsize + 12))
+    return _PROCESS_BYTES + resources.threads * (
+        outer * _LABEL_BYTES_PER_VOXEL + core * (volume.dtype.itemsize + 12)
+    )
 
 
 def _disk(shape: Triple) -> dict[str, int]:
-    """Compressed sizes: probability about 0.5 of its 2 bytes, labels about 0.15 of their 4, as seen on phantoms."""
+    """Compressed: probability about 0.5 of its 2 bytes, labels about 0.15 of their 4, as on phantoms."""
     voxels = prod(shape)
     return {
         "probability": int(voxels * 2 * 0.5 * 8 / 7),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from braincensus.blocks import BlockGrid
-from braincensus_kernels.boxes import Box
 from hypothesis import given
 from hypothesis import strategies as st
+
+from braincensus.blocks import BlockGrid
+from braincensus_kernels.boxes import Box
 
 shapes = st.tuples(*[st.integers(1, 13)] * 3)
 sides = st.tuples(*[st.integers(1, 6)] * 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
+
 from braincensus.config import IntensityForeground, RunConfig, commented_yaml
 from braincensus.errors import ConfigError
 
@@ -53,7 +54,11 @@ def test_a_wrong_field_is_named(changes, names):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- 1\n", "not a mapping"), ("a: [", "not valid YAML"), ("!!python/object/apply:os.getcwd []", "not valid")],
+    [
+        ("- 1\n", "not a mapping"),
+        ("a: [", "not valid YAML"),
+        ("!!python/object/apply:os.getcwd []", "not valid"),
+    ],
 )
 def test_a_file_that_is_no_configuration(tmp_path, text, message):
     path = tmp_path / "bad.yaml"

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from distributed import Client, LocalCluster
+
 from braincensus import RunConfig, open_volume, run
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.phantom import Phantom
-from distributed import Client, LocalCluster
 
 VOXEL_SIZE_UM = (5.0, 5.26, 5.26)
 BLOCKS = [(48, 48, 48), (64, 64, 64), (96, 96, 96), None]

@@ -12,6 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from braincensus.blocks import BlockGrid
+from braincensus.errors import InputError, explain
+from braincensus.planning import LATTICE
+from braincensus.store import Output
+from braincensus.tasks import Context
+from braincensus.volume import Volume
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.intensity import (
     IntensityScale,
@@ -26,13 +33,6 @@ from braincensus_kernels.intensity import (
     tissue_median,
     tissue_range,
 )
-
-from braincensus.blocks import BlockGrid
-from braincensus.errors import InputError, explain
-from braincensus.planning import LATTICE
-from braincensus.store import Output
-from braincensus.tasks import Context
-from braincensus.volume import Volume
 
 TILE_MEDIAN = "braincensus/tile_median"
 """Array of tile medians in the integer units of the range's scale; NaN for a constant tile: padding,
@@ -138,9 +138,7 @@ def _scale(context: Context) -> IntensityScale:
     spec = _Scan(plan.volume, plan.scan_grid, context.output, None)
     extrema = [
         found
-        for _, found in context.map(
-            "intensity", _extrema_block, spec, plan.scan_grid, name="extrema-block"
-        )
+        for _, found in context.map("intensity", _extrema_block, spec, plan.scan_grid, name="extrema-block")
     ]
     _refuse_constant(extrema, plan.volume)
     return scale_for(plan.volume.dtype, min(low for low, _ in extrema), max(high for _, high in extrema))

@@ -18,11 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from braincensus_kernels.boxes import Box
 from braincensus_kernels.faces import face_beliefs
-from braincensus_kernels.intensity import IntensityScale
-from braincensus_kernels.measure import measure_labels
-from braincensus_kernels.voronoi_otsu import BlockLabels, label_block
 
 from braincensus.blocks import Block, BlockGrid
 from braincensus.planning import Plan
@@ -31,8 +27,13 @@ from braincensus.stages.threshold import read_foreground
 from braincensus.store import Output, chunk_and_shard
 from braincensus.tasks import Context
 from braincensus.volume import Volume
+from braincensus_kernels.boxes import Box
+from braincensus_kernels.intensity import IntensityScale
+from braincensus_kernels.measure import measure_labels
+from braincensus_kernels.voronoi_otsu import BlockLabels, label_block
 
 LOCAL_LABELS = "braincensus/local_labels"
+
 
 @dataclass(frozen=True)
 class BlockSummary:
@@ -87,7 +88,9 @@ def run(context: Context, *, scale: IntensityScale, threshold: float) -> list[Bl
     plan: Plan = context.plan
     grid, labelling = plan.label_grid, plan.config.labelling
     chunk, shard = chunk_and_shard(grid.block_shape)
-    context.output.create_array(LOCAL_LABELS, shape=plan.volume.shape, dtype="uint32", chunk=chunk, shard=shard)
+    context.output.create_array(
+        LOCAL_LABELS, shape=plan.volume.shape, dtype="uint32", chunk=chunk, shard=shard
+    )
     spec = _Label(
         volume=plan.volume,
         grid=grid,
@@ -115,10 +118,7 @@ def run(context: Context, *, scale: IntensityScale, threshold: float) -> list[Bl
 def _label_block(spec: _Label, number: int) -> BlockSummary:
     began = time.perf_counter()
     block = spec.grid[number]
-    for halo, outer in _halos(block, spec.grid, spec.most_outer_voxels):
-        found = _label(spec, outer, block.core)
-        if found.complete:
-            break
+    found, halo = _label_with_enough_halo(spec, block)
     inside = block.core.slices_in(found.kept)
     labels = np.ascontiguousarray(found.labels[inside])
     spec.output.write_block(LOCAL_LABELS, block.core, labels)
@@ -135,10 +135,19 @@ def _label_block(spec: _Label, number: int) -> BlockSummary:
         foreground_voxels=found.foreground_voxels,
         unreached_voxels=found.unreached_voxels,
         growth_steps=found.growth_steps,
-        halo_voxels=max(halo),
+        halo_voxels=halo,
         complete=found.complete,
         seconds=time.perf_counter() - began,
     )
+
+
+def _label_with_enough_halo(spec: _Label, block: Block) -> tuple[BlockLabels, int]:
+    """Label a block, reading more around it while a flat maximum leaves what was read."""
+    for halo, outer in _halos(block, spec.grid, spec.most_outer_voxels):
+        found = _label(spec, outer, block.core)
+        if found.complete:
+            break
+    return found, max(halo)
 
 
 def _label(spec: _Label, outer: Box, core: Box) -> BlockLabels:
@@ -155,9 +164,7 @@ def _label(spec: _Label, outer: Box, core: Box) -> BlockLabels:
     )
 
 
-def _halos(
-    block: Block, grid: BlockGrid, most_voxels: int
-) -> Iterator[tuple[tuple[int, int, int], Box]]:
+def _halos(block: Block, grid: BlockGrid, most_voxels: int) -> Iterator[tuple[tuple[int, int, int], Box]]:
     """Yield the planned halo, then larger ones, up to the whole volume or what memory holds.
 
     Where even that is not enough the block is marked incomplete, and the seam audit decides.
@@ -191,7 +198,7 @@ def _measure(spec: _Label, block: Block, found: BlockLabels) -> dict[str, Any]:
 
 
 def owned_by(seeds: np.ndarray, core: Box, volume_shape: tuple[int, int, int]) -> np.ndarray:
-    """Which of these seeds (global raster indices) lie in `core`: the block that owns a cell holds its seed."""
+    """Tell which seeds (global raster indices) lie in `core`: a cell's owner is the block with its seed."""
     position = np.unravel_index(seeds, volume_shape)
     inside = np.ones(len(seeds), dtype=bool)
     for axis in range(3):

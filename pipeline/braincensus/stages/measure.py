@@ -9,6 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
+from braincensus.blocks import BlockGrid
+from braincensus.stages.stitch import CellIndex, merged_name
+from braincensus.store import Output, write_cells_part
+from braincensus.tasks import Context
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.density import (
     bin_volumes_mm3,
@@ -18,12 +23,6 @@ from braincensus_kernels.density import (
 )
 from braincensus_kernels.intensity import IntensityScale
 from braincensus_kernels.measure import cells_from_partials
-
-from braincensus.blocks import BlockGrid
-from braincensus.stages.segment import PROBABILITY_TOP
-from braincensus.stages.stitch import CellIndex, merged_name
-from braincensus.store import Output, write_cells_part
-from braincensus.tasks import Context
 
 DENSITY = "density/0"
 _CELLS_PER_PART = 500_000
@@ -68,9 +67,8 @@ def _measure_part(spec: _Measure, part: int) -> tuple[np.ndarray, np.ndarray]:
     first = part * _CELLS_PER_PART
     seeds = spec.index.seeds()[first : first + _CELLS_PER_PART]
     rows = _rows_of(spec, np.asarray(seeds))
-    cells = cells_from_partials(
-        rows, voxel_size_um=spec.voxel_size_um, scale=spec.scale, probability_top=PROBABILITY_TOP
-    )
+    cells = cells_from_partials(rows, voxel_size_um=spec.voxel_size_um, scale=spec.scale)
+    del cells["seed"]  # the label says the same: cells are numbered in the order of their seeds
     label = np.arange(first + 1, first + 1 + len(seeds), dtype=np.int64)
     write_cells_part(spec.output, part, {"label": label, **cells})
     zyx_um = np.stack([cells["z_um"], cells["y_um"], cells["x_um"]], axis=1)

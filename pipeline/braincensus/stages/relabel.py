@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from braincensus_kernels.relabel import apply_lookup, label_dtype
 
 from braincensus.blocks import BlockGrid
 from braincensus.stages.label import LOCAL_LABELS, partial_name
 from braincensus.stages.stitch import CellIndex
 from braincensus.store import Output, chunk_and_shard
 from braincensus.tasks import Context
+from braincensus_kernels.relabel import apply_lookup, label_dtype
 
 LABELS = "labels/cells/0"
 

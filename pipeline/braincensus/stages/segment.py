@@ -16,20 +16,20 @@ from braincensus_kernels.background import (
     foreground_from_intensity,
     local_background,
 )
-from braincensus_kernels.boxes import Box, Triple
-from braincensus_kernels.models.calibrate import NormStatistics, calibrate
-from braincensus_kernels.models.checkpoints import Weights, load_weights
 from braincensus_kernels.models.predict import Predictor
 
 from braincensus.blocks import BlockGrid
 from braincensus.config import IntensityForeground, WNet3DForeground
 from braincensus.errors import InputError, explain
 from braincensus.planning import LATTICE, Segmentation
-from braincensus.stages.intensity import TILE_MEDIAN, IntensityRange, Window, tiles_of
+from braincensus.stages.intensity import TILE_MEDIAN, IntensityRange, Window
 from braincensus.store import Output, chunk_and_shard
 from braincensus.tasks import Context
 from braincensus.volume import Volume
 from braincensus.worker import device_slot, keep
+from braincensus_kernels.boxes import Box
+from braincensus_kernels.models.calibrate import NormStatistics, calibrate
+from braincensus_kernels.models.checkpoints import Weights, load_weights
 
 PROBABILITY = "0"
 PROBABILITY_TOP = 65535
@@ -70,7 +70,9 @@ def run(context: Context, intensity: IntensityRange, weights: Weights | None) ->
         threads=plan.resources.threads,
     )
     chunk, shard = chunk_and_shard(grid.block_shape)
-    context.output.create_array(PROBABILITY, shape=plan.volume.shape, dtype="uint16", chunk=chunk, shard=shard)
+    context.output.create_array(
+        PROBABILITY, shape=plan.volume.shape, dtype="uint16", chunk=chunk, shard=shard
+    )
     about: dict[str, Any] = {"model": foreground.model}
     with context.stage("segment", plan.voxels):
         if isinstance(foreground, WNet3DForeground):

@@ -16,16 +16,16 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from braincensus_kernels.boxes import Triple
 from braincensus_kernels.faces import FaceAudit, compare_faces, resolve_disagreements
-from braincensus_kernels.measure import merge_partials
-from braincensus_kernels.union_find import connected
 
 from braincensus.blocks import Block, BlockGrid
 from braincensus.config import Filters
 from braincensus.stages.label import BlockSummary, faces_name, owned_by, partial_name
 from braincensus.store import Output
 from braincensus.tasks import Context
+from braincensus_kernels.boxes import Triple
+from braincensus_kernels.measure import merge_partials
+from braincensus_kernels.union_find import connected
 
 _MOST_LISTED = 1000
 
@@ -117,22 +117,16 @@ def run(context: Context, blocks: list[BlockSummary]) -> tuple[CellIndex, SeamAu
     """Stitch all blocks; returns the numbering and the audit."""
     plan = context.plan
     grid = plan.label_grid
-    spec = _Stitch(
-        grid, context.output, plan.max_steps, plan.config.filters, prod(plan.volume.voxel_size_um)
-    )
+    spec = _Stitch(grid, context.output, plan.max_steps, plan.config.filters, prod(plan.volume.voxel_size_um))
 
     with context.stage("stitch", 2 * plan.voxels):
         audits: list[FaceAudit] = []
-        for _, found in context.map(
-            "stitch", _audit_block, spec, grid, name="audit-seams"
-        ):
+        for _, found in context.map("stitch", _audit_block, spec, grid, name="audit-seams"):
             audits.extend(found)
         aliases = _aliases(audits)
         spec = _Stitch(grid, context.output, plan.max_steps, plan.config.filters, spec.voxel_um3, aliases)
         seeds = [np.zeros(0, dtype=np.int64)]
-        for _, kept in context.map(
-            "stitch", _merge_block, spec, grid, name="merge-cells"
-        ):
+        for _, kept in context.map("stitch", _merge_block, spec, grid, name="merge-cells"):
             seeds.append(kept)
         in_order = np.sort(np.concatenate(seeds))
         context.output.write_map(_SEEDS, in_order)
@@ -207,7 +201,7 @@ def representative(seeds: np.ndarray, aliases: tuple[tuple[int, int], ...]) -> n
 
 
 def _aliases(audits: list[FaceAudit]) -> tuple[tuple[int, int], ...]:
-    """Return ``(seed, representative)`` sorted by seed, for seeds that disagreements showed to be one cell."""
+    """Return sorted ``(seed, representative)`` of the seeds that disagreements showed to be one cell."""
     pairs = resolve_disagreements(audits)
     if len(pairs) == 0:
         return ()

@@ -2,7 +2,7 @@
 
 Otsu belongs to the volume: taken per block, it invents cells in every block that has none. The
 histogram is of the smoothed foreground probability over tissue, summed exactly over blocks, on
-bins fixed between 0 and 1, so that neither the blocks nor empty space can move it.
+bins fixed from probability 0 to 1, so that neither the blocks nor empty space can move it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from braincensus_kernels.boxes import Box
-from braincensus_kernels.filters import blur_radii, gaussian_blur
-from braincensus_kernels.histogram import bin_counts, otsu_threshold
 
 from braincensus.blocks import BlockGrid
 from braincensus.errors import InputError, explain
@@ -21,6 +18,9 @@ from braincensus.stages.intensity import TILE_MEDIAN, tiles_of
 from braincensus.stages.segment import PROBABILITY, PROBABILITY_TOP
 from braincensus.store import Output
 from braincensus.tasks import Context
+from braincensus_kernels.boxes import Box
+from braincensus_kernels.filters import blur_radii
+from braincensus_kernels.histogram import otsu_threshold, outline_histogram
 
 _BINS = 1024
 
@@ -35,7 +35,7 @@ class _Threshold:
 
 
 def run(context: Context, *, tissue_threshold: float) -> float:
-    """Return the threshold of the outline-smoothed probability, 0 to 1.
+    """Return the threshold of the outline-smoothed probability, as stored: from 0 to `PROBABILITY_TOP`.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def run(context: Context, *, tissue_threshold: float) -> float:
     plan = context.plan
     labelling = plan.config.labelling
     if labelling.threshold != "otsu":
-        return float(labelling.threshold)
+        return labelling.threshold * PROBABILITY_TOP
     grid = BlockGrid(plan.volume.shape, plan.label_grid.block_shape, blur_radii(plan.outline_sigma_voxels))
     spec = _Threshold(
         grid, context.output, plan.outline_sigma_voxels, labelling.foreground_threshold, tissue_threshold
@@ -71,31 +71,30 @@ def run(context: Context, *, tissue_threshold: float) -> float:
                 "a number as --threshold",
             )
         )
-    return otsu_threshold(counts, 0.0, 1.0)
+    return otsu_threshold(counts, 0.0, PROBABILITY_TOP)
 
 
 def read_foreground(output: Output, box: Box, floor: float | None) -> np.ndarray:
-    """Read the stored probability of `box` as float32 in [0, 1]; below `floor` it counts as 0."""
-    probability = output.read_block(PROBABILITY, box).astype(np.float32)
-    probability *= np.float32(1.0 / PROBABILITY_TOP)
+    """Read the stored probability (uint16) of `box`; below `floor`, from 0 to 1, it counts as 0."""
+    probability: np.ndarray = output.read_block(PROBABILITY, box)
     if floor is not None:
-        probability[probability < np.float32(floor)] = 0.0
+        probability[probability < floor * PROBABILITY_TOP] = 0
     return probability
 
 
 def _threshold_block(spec: _Threshold, number: int) -> np.ndarray:
     block = spec.grid[number]
-    probability = read_foreground(spec.output, block.outer, spec.floor)
-    blurred = gaussian_blur(
-        probability,
+    return outline_histogram(
+        read_foreground(spec.output, block.outer, spec.floor),
         outer=block.outer,
-        inner=block.core,
+        core=block.core,
         volume_shape=spec.grid.volume_shape,
-        sigma=spec.outline_sigma,
+        outline_sigma=spec.outline_sigma,
+        minimum=0.0,
+        maximum=PROBABILITY_TOP,
+        bins=_BINS,
+        where=_tissue(spec, block.core),
     )
-    tissue = _tissue(spec, block.core)
-    counts: np.ndarray = bin_counts(blurred[tissue], 0.0, 1.0, bins=_BINS)
-    return counts
 
 
 def _tissue(spec: _Threshold, core: Box) -> np.ndarray:

@@ -1,0 +1,236 @@
+"""The command line as a person meets it: what works, and one clear message where it does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import yaml
+import zarr
+from typer.testing import CliRunner, Result
+
+from braincensus import OutputError, RunConfig, open_result
+from braincensus.cli import app
+from braincensus_kernels.boxes import Box
+from braincensus_kernels.phantom import Phantom
+
+SHAPE = (40, 72, 64)
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def failing(*arguments: object) -> str:
+    result = call(*arguments)
+    assert result.exit_code == 1, result.output
+    assert "Traceback" not in result.output
+    assert "error:" in result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def phantom() -> np.ndarray:
+    return Phantom(shape=SHAPE, n_cells=40, seed=5, tissue="full").render(Box.whole(SHAPE))
+
+
+@pytest.fixture
+def volume(tmp_path: Path, phantom: np.ndarray) -> Path:
+    path = tmp_path / "brain.tif"
+    tifffile.imwrite(
+        path,
+        phantom,
+        imagej=True,
+        metadata={"axes": "ZYX", "spacing": 5.0, "unit": "um"},
+        resolution=(1 / 5.26, 1 / 5.26),
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, phantom: np.ndarray) -> Path:
+    folder = tmp_path_factory.mktemp("census")
+    np.save(folder / "brain.npy", phantom)
+    output = folder / "out.zarr"
+    result = call(
+        "run",
+        folder / "brain.npy",
+        output,
+        "--voxel-size",
+        "5,5.26,5.26",
+        "--foreground",
+        "intensity",
+        "--block-size",
+        "32",
+        "--workers",
+        1,
+    )
+    assert result.exit_code == 0, result.output
+    assert "exact" in result.output
+    assert "dashboard" in result.output
+    return output
+
+
+def test_run_writes_a_census_and_info_reads_it(finished):
+    result = open_result(finished)
+    assert 25 <= result.n_cells <= 60
+    assert len(result.cells) == result.n_cells
+    assert result.seams["exact"]
+    assert result.seams["faces"] > 0
+    assert set(result.timings) >= {
+        "intensity",
+        "segment",
+        "threshold",
+        "label",
+        "stitch",
+        "relabel",
+        "measure",
+    }
+    shown = call("info", finished)
+    assert shown.exit_code == 0
+    assert f"{result.n_cells:,}" in shown.output
+
+
+def test_the_provenance_says_how_it_was_made(finished):
+    about = json.loads((finished / "zarr.json").read_text())["attributes"]["braincensus"]
+    assert about["status"] == "complete"
+    assert about["input"]["shape"] == list(SHAPE)
+    assert about["config"]["foreground"]["model"] == "intensity"
+    assert {"braincensus", "torch", "zarr"} <= set(about["versions"])
+    assert 0 < about["labelling"]["outline_threshold"] < 1
+
+
+def test_an_existing_output_is_refused_and_kept(finished, volume):
+    before = (finished / "zarr.json").read_bytes()
+    output = failing("run", volume, finished)
+    assert "overwrite" in output
+    assert (finished / "zarr.json").read_bytes() == before
+
+
+def test_overwrite_never_deletes_what_is_not_ours(tmp_path, volume):
+    mine = tmp_path / "thesis"
+    mine.mkdir()
+    (mine / "chapter1.txt").write_text("years of work")
+    failing("run", volume, mine, "--overwrite")
+    assert (mine / "chapter1.txt").read_text() == "years of work"
+
+
+def test_a_wrong_path_suggests_the_right_one(tmp_path, volume):
+    output = failing("run", tmp_path / "brian.tif", tmp_path / "out.zarr")
+    assert "brain.tif" in output
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_a_2d_file_is_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "flat.tif", np.zeros((30, 30), np.uint16))
+    output = failing("run", tmp_path / "flat.tif", tmp_path / "out.zarr", "--voxel-size", "5")
+    assert "2D" in output or "one plane" in output
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_a_missing_voxel_size_says_how_to_give_it(tmp_path, phantom):
+    np.save(tmp_path / "brain.npy", phantom)
+    output = failing("run", tmp_path / "brain.npy", tmp_path / "out.zarr")
+    assert "--voxel-size" in output
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_a_block_that_does_not_fit_says_which_would(tmp_path, volume):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"compute": {"memory_limit_gib": 1.2}}))
+    huge = np.lib.format.open_memmap(tmp_path / "huge.npy", mode="w+", dtype=np.uint16, shape=(600, 600, 600))
+    del huge
+    output = failing(
+        "plan",
+        tmp_path / "huge.npy",
+        "--voxel-size",
+        "5",
+        "--foreground",
+        "intensity",
+        "--config",
+        tmp_path / "run.yaml",
+        "--block-size",
+        "512",
+    )
+    assert "does not fit" in output
+    assert "--block-size" in output
+
+
+def test_a_corrupted_chunk_is_named_and_nothing_looks_finished(tmp_path, phantom):
+    source = tmp_path / "brain.zarr"
+    array = zarr.create_array(source, shape=SHAPE, chunks=(40, 36, 64), dtype="uint16")
+    array[:] = phantom
+    chunk = source / "c" / "0" / "1" / "0"
+    chunk.write_bytes(chunk.read_bytes()[: chunk.stat().st_size // 2])
+    out = tmp_path / "out.zarr"
+    output = failing("run", source, out, "--voxel-size", "5", "--foreground", "intensity", "--workers", 1)
+    assert "intensity" in output
+    assert str(source) in output.replace("\n", "")
+    with pytest.raises(OutputError, match="incomplete|not finished|did not finish"):
+        open_result(out)
+    assert "ome" not in json.loads((out / "zarr.json").read_text())["attributes"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(np.float32(np.nan), "not numbers"), (np.float32(np.inf), "not numbers")],
+)
+def test_nan_and_infinity_are_found_before_anything_else(tmp_path, phantom, value, message):
+    broken = phantom.astype(np.float32)
+    broken[3, 4, 5] = value
+    np.save(tmp_path / "brain.npy", broken)
+    output = failing(
+        "run", tmp_path / "brain.npy", tmp_path / "out.zarr", "--voxel-size", "5", "--workers", 1
+    )
+    assert message in output
+    assert "(3, 4, 5)" in output
+
+
+def test_a_constant_volume_has_no_answer(tmp_path):
+    np.save(tmp_path / "flat.npy", np.full(SHAPE, 100, np.uint16))
+    output = failing("run", tmp_path / "flat.npy", tmp_path / "out.zarr", "--voxel-size", "5", "--workers", 1)
+    assert "every voxel is 100" in output
+
+
+def test_dry_run_and_plan_compute_and_write_nothing(tmp_path, volume):
+    for arguments in (("plan", volume), ("run", volume, tmp_path / "out.zarr", "--dry-run")):
+        shown = call(*arguments)
+        assert shown.exit_code == 0, shown.output
+        assert "halo" in shown.output
+        assert "memory per worker" in shown.output
+    assert not (tmp_path / "out.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--voxel-size", "5,5"], "--voxel-size"),
+        (["--block-size", "64.5"], "whole numbers"),
+        (["--threshold", "high"], "otsu"),
+        (["--foreground", "cellpose"], "foreground"),
+        (["--foreground", "intensity", "--weights", "x.safetensors"], "no network"),
+        (["--weights", "missing.safetensors"], "no weights"),
+        (["--foreground-threshold", "1.5"], "foreground_threshold"),
+        (["--cluster", "tcp://127.0.0.1:1"], "no Dask scheduler"),
+        (["--channel", "3"], "channel"),
+    ],
+)
+@pytest.mark.timeout(60)
+def test_a_mistyped_option_is_explained(tmp_path, volume, arguments, message):
+    output = failing("run", volume, tmp_path / "out.zarr", *arguments)
+    assert message in output
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_config_prints_what_run_reads(tmp_path):
+    printed = call("config")
+    path = tmp_path / "run.yaml"
+    path.write_text(printed.output)
+    assert RunConfig.from_yaml(path) == RunConfig()
+
+
+def test_help_and_version():
+    assert "run" in call("--help").output
+    assert call("--version").output.startswith("braincensus ")
