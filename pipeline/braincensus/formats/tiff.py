@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import threading
@@ -63,14 +64,14 @@ def open_tiff(
     ConfigError
         If the channel, time point or level does not exist.
     """
-    with _opened(path) as tif:
-        series, notes = _the_series(tif, path, level)
+    with _opened(path) as (tif, images):
+        series, number, notes = _the_series(images, path, level)
         names, axes_notes = _axis_names(series)
         dtype = series.dtype.newbyteorder(tif.byteorder)
         check_volume(series.shape, series.dtype, what=str(path))
         axes = choose_axes(names, series.shape, channel=channel, timepoint=timepoint, what=str(path))
         shape = axes.zyx(series.shape)
-        kind, voxel_size, missing = _metadata_of(tif, series)
+        kind, voxel_size, missing = _metadata_of(tif, number)
         identity = _identity(path, channel, timepoint, level, shape, dtype)
         stamp = str(identity["mtime_ns"])
         found = Found(
@@ -85,11 +86,11 @@ def open_tiff(
             missing_scale=missing,
         )
         if level and voxel_size:
-            full = axes.zyx(tif.series[series.index].shape)
+            full = axes.zyx(images[number].shape)
             z, y, x = (f / n for f, n in zip(full, shape, strict=True))
             found = replace(found, downsampling=(z, y, x))
         offset = series.dataoffset
-        if offset is not None and not isinstance(series, _Stacked):
+        if offset is not None and not isinstance(series, _PlanePerPage):
             need_bytes(path, offset + prod(series.shape) * dtype.itemsize)
             reader: Any = FlatReader(
                 path=str(path.resolve()),
@@ -169,8 +170,8 @@ def open_planes(
         "bytes": prod(shape) * first.dtype.itemsize,
         "fingerprint": listing.hexdigest()[:32],
     }
-    with _opened(folder / names[0]) as tif:
-        kind, voxel_size, missing = _metadata_of(tif, tif.series[0])
+    with _opened(folder / names[0]) as (tif, _):
+        kind, voxel_size, missing = _metadata_of(tif, 0)
     found = Found(
         format=f"folder of {len(names)} {kind} planes",
         reader=None,  # type: ignore[arg-type]  # replaced below
@@ -230,20 +231,20 @@ _DAMAGE = re.compile(
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Open a TIFF file; anything that its reader raises or logs about damage becomes an InputError."""
+def _opened(path: Path) -> Iterator[tuple[Any, list[Any]]]:
+    """Open a TIFF file and list its images; damage, raised or logged, becomes an InputError."""
     listener = _Listener()
     log = logging.getLogger("tifffile")
     log.addHandler(listener)
     try:
         with tifffile.TiffFile(path, _multifile=False) as tif:
-            tif.series  # noqa: B018  # parses the headers
+            images = _images(tif)
             damage = [m for m in listener.messages if _DAMAGE.search(m)]
             if damage:
-                raise _damaged(path, damage[0])
-            if not tif.series:
+                raise _damaged(path, re.sub(r"^<tifffile[^>]*> ", "", damage[0]))
+            if not images:
                 raise _damaged(path, "no image in it")
-            yield tif
+            yield tif, images
     except (BraincensusError, MemoryError):
         raise
     except Exception as err:
@@ -263,44 +264,62 @@ def _damaged(path: Path, found: str) -> InputError:
     )
 
 
-class _Stacked:
-    """Several series of one file, one after the other along z."""
+class _PlanePerPage:
+    """All pages of a file, one after the other along z, whatever images the file says they are."""
 
-    def __init__(self, parts: Sequence[Any]) -> None:
-        self.pages = [page for part in parts for page in part.pages]
-        self.shape = (len(self.pages), *parts[0].shape[-2:])
+    def __init__(self, pages: Sequence[Any]) -> None:
+        self.pages = pages
+        self.shape = (len(pages), pages[0].imagelength, pages[0].imagewidth)
         self.axes = "ZYX"
-        self.dtype = parts[0].dtype
+        self.dtype = pages[0].dtype
         self.dataoffset = None
-        self.index = 0
-        self.kind = parts[0].kind
+        self.levels = [self]
+        self.name = ""
 
 
-def _the_series(tif: Any, path: Path, level: int) -> tuple[Any, tuple[str, ...]]:
-    """Choose the pages that are the volume."""
-    every = list(tif.series)
-    planes = [
-        s for s in every if s.axes in ("YX", "ZYX", "QYX", "IYX") and len(s.pages) == prod(s.shape[:-2])
-    ]
-    alike = {(s.shape[-2:], s.dtype) for s in every}
-    if len(every) > 1 and len(planes) == len(every) and len(alike) == 1 and every[0].kind != "ome":
-        check_index(level, 1, word="level", what=str(path))
-        return _Stacked(every), ()
+def _images(tif: Any) -> list[Any]:
+    """List the images of a file: its series, unless they are the planes of one volume.
+
+    mesoSPIM's big TIFF writer makes each plane an image of its own. tifffile takes time
+    quadratic in the number of images, so that case is looked for first.
+    """
+    first = tif.pages[0]
+    if first.is_shaped and not tif.is_ome and len(tif.pages) > 1 and tif.pages[1].is_shaped:
+        pages = list(tif.pages)
+        if all(
+            page.shape == first.shape and page.dtype == first.dtype and page.ndim == 2 and _is_own_image(page)
+            for page in pages
+        ):
+            return [_PlanePerPage(pages)]
+    return list(tif.series)
+
+
+def _is_own_image(page: Any) -> bool:
+    """Whether tifffile's description says that this page alone is an image."""
+    description = page.shaped_description
+    if not description or not description.startswith("{"):
+        return False
+    stated: list[int] = json.loads(description)["shape"]
+    return bool(prod(stated) == prod(page.shape))
+
+
+def _the_series(every: Sequence[Any], path: Path, level: int) -> tuple[Any, int, tuple[str, ...]]:
+    """Choose the pages that are the volume; return them, the number of their image, and notes."""
     volumes = [s for s in every if len(s.shape) >= 3 and "S" not in s.axes] or every
     if len(volumes) > 1:
         raise InputError(
             explain(
                 f"{path} holds {len(volumes)} images, not one volume",
                 expected="one image",
-                found=", ".join(f"{s.name or s.index} {s.axes} {s.shape}" for s in volumes[:10]),
+                found=", ".join(f"{s.name} {s.axes} {s.shape}".strip() for s in volumes[:10]),
                 remedy="save the one to analyse as its own file",
             )
         )
     series = volumes[0]
+    number = next(i for i, s in enumerate(every) if s is series)
     check_index(level, len(series.levels), word="level", what=str(path))
-    chosen = series.levels[level]
-    notes = (f"image {series.index} of {len(every)} used, the only stack",) if len(every) > 1 else ()
-    return chosen, notes
+    notes = (f"image {number} of {len(every)} used, the only stack",) if len(every) > 1 else ()
+    return series.levels[level], number, notes
 
 
 def _axis_names(series: Any) -> tuple[list[str], tuple[str, ...]]:
@@ -390,7 +409,7 @@ class _Plane:
 def _read_headers(folder: Path, names: Sequence[str], progress: Progress | None) -> list[_Plane]:
     def header(name: str) -> _Plane:
         path = folder / name
-        with _opened(path) as tif:
+        with _opened(path) as (tif, images):
             if len(tif.pages) != 1:
                 raise InputError(
                     explain(
@@ -402,7 +421,7 @@ def _read_headers(folder: Path, names: Sequence[str], progress: Progress | None)
                     )
                 )
             page = tif.pages[0]
-            _axis_names(tif.series[0])
+            _axis_names(images[0])
             status = path.stat()
             ends = [int(o) + int(n) for o, n in zip(page.dataoffsets, page.databytecounts, strict=False)]
             need_bytes(path, max(ends, default=0))
@@ -476,7 +495,7 @@ def _converted(
         folder=folder,
         progress=progress,
     )
-    note = f"compressed planes, read from a chunked copy made once: {reader.root} (delete it freely)"
+    note = f"planes are compressed or tiled; read from a chunked copy, made once: {reader.root}"
     return replace(found, reader=reader, chunks=chunks, notes=(*found.notes, note))
 
 
@@ -519,10 +538,10 @@ def _stack_with(decode: Any) -> Any:
 # 3. metadata
 
 
-def _metadata_of(tif: Any, series: Any) -> tuple[str, VoxelSize | None, str]:
+def _metadata_of(tif: Any, number: int) -> tuple[str, VoxelSize | None, str]:
     """Return the kind of TIFF, its voxel size if it has one, and what is missing if not."""
     if tif.is_ome:
-        voxel_size, missing = _from_ome(tif.ome_metadata, series.index)
+        voxel_size, missing = _from_ome(tif.ome_metadata, number)
         return "OME-TIFF", voxel_size, missing
     if tif.is_imagej:
         voxel_size, missing = _from_imagej(tif.imagej_metadata or {}, tif.pages[0])
