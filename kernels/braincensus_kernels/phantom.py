@@ -21,6 +21,7 @@ never of the order of use, so a voxel has one value whatever box it is rendered 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import ceil, exp, isfinite, pi, prod, sqrt
@@ -269,13 +270,23 @@ class Phantom:
         box = Box.whole(self.shape) if box is None else box.clip(self.shape)
         parts = []
         if box.size and self.count:
-            # A plane of tiles at a time: what is placed in vain (neighbours) stays small beside what is kept.
-            step = self._tiles.voxels[0]
-            for z in range(box.start[0] // step * step, box.stop[0], step):
-                slab = Box((z, *box.start[1:]), (z + step, *box.stop[1:])).intersect(box)
-                parts.append(self._cells_in(slab))
+            # Some tiles at a time: what is placed in vain (neighbours) then stays small beside what is kept.
+            z, y, x = self._tiles.voxels
+            start = [a // n * n for a, n in zip(box.start, (z, 8 * y, 8 * x), strict=True)]
+            aligned = Box((start[0], start[1], start[2]), box.stop)
+            parts = [self._cells_in(some.intersect(box)) for some in aligned.tiles((z, 8 * y, 8 * x))]
         rows = np.concatenate(parts) if parts else np.zeros((0, 6))
-        rows = rows[np.argsort(rows[:, 0], kind="stable")]
+        return self._columns(rows[np.argsort(rows[:, 0], kind="stable")])
+
+    def cell_parts(self) -> Iterator[Cells]:
+        """Yield all true cells in order of label, some at a time, when all are too many for memory."""
+        z, y, _ = self._tiles.voxels
+        for row in Box.whole(self.shape).tiles((z, y, self.shape[2])):
+            cells = self.cells(row)
+            if len(cells["label"]):
+                yield cells
+
+    def _columns(self, rows: npt.NDArray[np.float64]) -> Cells:
         size = self._size_um
         z, y, x = (rows[:, 1:4] / size - 0.5).T.copy()
         return {
