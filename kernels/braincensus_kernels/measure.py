@@ -289,7 +289,6 @@ def cells_from_partials(
     *,
     voxel_size_um: tuple[float, float, float],
     scale: IntensityScale,
-    probability_top: int = PROBABILITY_MAX,
 ) -> Columns:
     """Turn merged sums into one row per cell, in the order of `partials`.
 
@@ -301,7 +300,7 @@ def cells_from_partials(
         ``volume_voxels`` int64, ``volume_um3``; ``equivalent_diameter_um`` of the ball of that
         volume; ``surface_um2`` (see `surface_from_crossings`); ``sphericity``: surface of that ball
         over ``surface_um2``, at most 1; ``mean_intensity`` and ``max_intensity`` in stored units;
-        ``mean_probability`` from 0 to 1, where `probability_top` was stored for 1.
+        ``mean_probability`` from 0 to 1.
     """
     if len(voxel_size_um) != 3 or not all(np.isfinite(s) and s > 0 for s in voxel_size_um):
         raise ValueError(f"the voxel size must be three positive lengths, got {voxel_size_um}")
@@ -325,5 +324,5 @@ def cells_from_partials(
     cells["sphericity"] = np.minimum(np.cbrt(np.pi) * np.cbrt(6 * volume) ** 2 / surface, 1.0)
     cells["mean_intensity"] = partials["sum_intensity"] / voxels / scale.scale + scale.offset
     cells["max_intensity"] = scale.restore(partials["max_intensity"])
-    cells["mean_probability"] = partials["sum_probability"] / (voxels * float(probability_top))
+    cells["mean_probability"] = partials["sum_probability"] / (voxels * float(PROBABILITY_MAX))
     return cells
