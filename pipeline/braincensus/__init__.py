@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from braincensus.census import plan, run
     from braincensus.config import RunConfig
     from braincensus.errors import (
         BlockError,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     )
     from braincensus.planning import Plan
     from braincensus.result import Result, open_result
-    from braincensus.census import plan, run
     from braincensus.volume import Volume, open_volume
 
 _HOME = {

@@ -91,7 +91,8 @@ def run(
     config = config or RunConfig()
     progress = progress or Silent()
     output = Path(output)
-    check_free(output, overwrite=overwrite)
+    protect = [input] if isinstance(input, str | Path) else []
+    check_free(output, overwrite=overwrite, protect=protect)
     with _scratch(output) as scratch:
         volume = _open(input, config, scratch, progress)
         weights = _weights(config)
@@ -101,7 +102,9 @@ def run(
             plan = replace(plan, resources=resources)
             if connected.dashboard_link:
                 progress.message(f"Dask dashboard: {connected.dashboard_link}")
-            store = create_output(output, overwrite=overwrite, voxel_size_um=volume.voxel_size_um)
+            store = create_output(
+                output, overwrite=overwrite, voxel_size_um=volume.voxel_size_um, protect=protect
+            )
             return _run_stages(Context(plan, store, connected, progress), weights)
 
 

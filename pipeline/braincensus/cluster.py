@@ -105,7 +105,7 @@ def _local_cluster(resources: Resources, port: int) -> Any:
         "threads_per_worker": resources.threads,
         "memory_limit": resources.memory_bytes,
         "dashboard_address": f"127.0.0.1:{_free_port(port)}",
-        "silence_logs": logging.ERROR,
+        "silence_logs": logging.CRITICAL,  # our own message tells what failed
     }
     if resources.device == "cuda":
         from dask_cuda import LocalCUDACluster  # an extra: absent without a GPU

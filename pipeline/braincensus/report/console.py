@@ -91,7 +91,11 @@ class ConsoleProgress:
         """End a stage."""
         self._bars.update(self._tasks[stage], completed=max(self._totals[stage], 1))
         if not self._console.is_terminal:
-            rate = "" if stage in _COUNTED else f", {self._totals[stage] / max(seconds, 1e-9) / 1e6:.1f} Mvoxel/s"
+            rate = (
+                ""
+                if stage in _COUNTED
+                else f", {self._totals[stage] / max(seconds, 1e-9) / 1e6:.1f} Mvoxel/s"
+            )
             self._console.print(f"{_STAGES.get(stage, stage):<22}{seconds:8.1f} s{rate}", highlight=False)
 
 

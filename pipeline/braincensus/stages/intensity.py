@@ -107,10 +107,13 @@ def run(context: Context) -> IntensityRange:
     plain = volume.dtype.kind in "bu" and volume.dtype.itemsize <= 2  # integer as it is: one pass will do
     with context.stage("intensity", plan.voxels * (1 if plain else 2)):
         scale = scale_for(volume.dtype, 0.0, 0.0) if plain else _scale(context)
-        tile_shape = tuple(-(-n // LATTICE) for n in volume.shape)
-        chunk = tuple(n // LATTICE for n in grid.block_shape)
         context.output.create_array(
-            TILE_MEDIAN, shape=tile_shape, dtype="float32", chunk=chunk, shard=None, fill_value=np.nan
+            TILE_MEDIAN,
+            shape=tiles_of(volume.box).shape,
+            dtype="float32",
+            chunk=tiles_of(grid[0].core).shape,
+            shard=None,
+            fill_value=np.nan,
         )
         joint = add_histograms([])
         windows: list[Window] = []

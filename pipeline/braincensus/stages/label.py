@@ -30,6 +30,7 @@ from braincensus.volume import Volume
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.intensity import IntensityScale
 from braincensus_kernels.measure import measure_labels
+from braincensus_kernels.seeds import SeedRule
 from braincensus_kernels.voronoi_otsu import BlockLabels, label_block
 
 LOCAL_LABELS = "braincensus/local_labels"
@@ -66,7 +67,7 @@ class _Label:
     scale: IntensityScale
     spot_sigma: tuple[float, float, float]
     outline_sigma: tuple[float, float, float]
-    seeds: str
+    seeds: SeedRule
     floor: float | None
     threshold: float
     max_steps: int

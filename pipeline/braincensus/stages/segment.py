@@ -22,7 +22,7 @@ from braincensus.blocks import BlockGrid
 from braincensus.config import IntensityForeground, WNet3DForeground
 from braincensus.errors import InputError, explain
 from braincensus.planning import LATTICE, Segmentation
-from braincensus.stages.intensity import TILE_MEDIAN, IntensityRange, Window
+from braincensus.stages.intensity import TILE_MEDIAN, IntensityRange, Window, tiles_of
 from braincensus.store import Output, chunk_and_shard
 from braincensus.tasks import Context
 from braincensus.volume import Volume
@@ -221,21 +221,21 @@ def _intensity_foreground(spec: _Segment, core: Box) -> np.ndarray:
     sigma = tuple(spec.foreground.background_um / (LATTICE * s) for s in size)
     sigma_tiles = (sigma[0], sigma[1], sigma[2])
     margin = background_reach_tiles(sigma_tiles)
-    tiles = tiles_around(core, margin, spec.volume.shape)
+    tiles = tiles_of(core).dilate(margin).clip(tiles_of(spec.volume.box).shape)
     background = local_background(
         spec.output.read_block(TILE_MEDIAN, tiles),
         tiles=tiles,
         box=core,
         volume_shape=spec.volume.shape,
         sigma_tiles=sigma_tiles,
-        tissue_threshold=intensity.tissue_threshold,
-        floor=intensity.tissue.median,
+        tissue_threshold=intensity.tissue.threshold,
+        floor=intensity.median,
     )
     values = intensity.scale.quantise(spec.volume.read(core)).astype(np.float32)
     return foreground_from_intensity(
         values,
         background,
         floor=max(intensity.tissue_threshold, intensity.low),
-        median=intensity.tissue.median,
+        median=intensity.median,
         high=intensity.high,
     )
