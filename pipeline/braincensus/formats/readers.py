@@ -144,6 +144,11 @@ def as_read(voxels: Voxels) -> Voxels:
     return np.ascontiguousarray(voxels, dtype=dtype_as_read(voxels.dtype))
 
 
+def _copied(voxels: Voxels) -> Voxels:
+    """Detach from the mapped file or the caller's array: readers may write into what they get."""
+    return np.array(voxels, dtype=dtype_as_read(voxels.dtype), order="C", copy=True)
+
+
 def dtype_as_read(stored: np.dtype[Any]) -> np.dtype[Any]:
     """Return the dtype that reading gives for a stored dtype."""
     return np.dtype(np.uint8) if stored == np.bool_ else stored.newbyteorder("=")
@@ -297,7 +302,7 @@ class FlatReader(Reader):
 
     def _read(self, box: Box) -> Voxels:
         need_bytes(self.path, self.offset + prod(self.shape) * np.dtype(self.dtype).itemsize)
-        return self.axes.take(self._handle(), box)
+        return _copied(self.axes.take(self._handle(), box))
 
 
 @dataclass(frozen=True)
@@ -394,4 +399,4 @@ class MemoryReader(Reader):
     stamp: str = ""
 
     def _read(self, box: Box) -> Voxels:
-        return self.axes.take(self.array, box)
+        return _copied(self.axes.take(self.array, box))

@@ -335,18 +335,16 @@ def _axis_names(series: Any) -> tuple[list[str], tuple[str, ...]]:
                 remedy="export the channel to analyse as greyscale",
             )
         )
-    unnamed = [i for i, letter in enumerate(letters) if letter not in "TCZYXS"]
-    if "Z" in letters or not unnamed:
-        if "Z" not in letters and "T" in letters and len(letters) == 3:
-            return ["z", "y", "x"], ("the file calls its planes time points; taken as z",)
+    unnamed = [i for i, letter in enumerate(letters) if letter not in "TCZYXS" and series.shape[i] > 1]
+    if len(letters) == 3 and letters[0] == "T":
+        return ["z", "y", "x"], ("the file calls its planes time points; taken as z",)
+    usual = USUAL_AXES.get(len(unnamed) + 2, "")
+    if not usual or any(letter in "TCZ" and len(unnamed) > 1 for letter in letters) or "Z" in letters:
         return [letter.lower() for letter in letters], ()
-    if len(unnamed) == 1:
-        letters[unnamed[0]] = "Z"
-        return [letter.lower() for letter in letters], ()
-    usual = USUAL_AXES.get(len(letters))
-    if usual is None:
-        return [letter.lower() for letter in letters], ()
-    return list(usual), (f"axes not named in the file; taken as {usual}",)
+    for i, name in zip(unnamed, usual, strict=False):
+        letters[i] = name
+    notes = (f"axes not named in the file; taken as {usual}",) if len(unnamed) > 1 else ()
+    return [letter.lower() for letter in letters], notes
 
 
 def _pages_of_volume(
