@@ -715,13 +715,14 @@ def _split(key, total, weights, capacity):  # type: ignore[no-untyped-def]
     n = len(weights)
     out = np.zeros(n, np.int64)
     sum_w, sum_c = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)
-    sum_w[1:], sum_c[1:] = np.cumsum(weights), np.cumsum(capacity)
+    for i in range(n):
+        sum_w[i + 1], sum_c[i + 1] = sum_w[i] + weights[i], sum_c[i] + capacity[i]
     stack = np.zeros((128, 3), np.int64)
-    stack[0] = (0, n, total)
+    stack[0, 1], stack[0, 2] = n, total
     depth = 1
     while depth:
         depth -= 1
-        a, b, count = stack[depth]
+        a, b, count = stack[depth, 0], stack[depth, 1], stack[depth, 2]
         if count == 0:
             continue
         if b - a == 1:
@@ -732,8 +733,8 @@ def _split(key, total, weights, capacity):  # type: ignore[no-untyped-def]
         left = _binomial(_hash(_hash(key, a), b), count, (sum_w[mid] - sum_w[a]) / whole)
         left = max(left, count - (sum_c[b] - sum_c[mid]), 0)
         left = min(left, sum_c[mid] - sum_c[a], count)
-        stack[depth] = (a, mid, left)
-        stack[depth + 1] = (mid, b, count - left)
+        stack[depth, 0], stack[depth, 1], stack[depth, 2] = a, mid, left
+        stack[depth + 1, 0], stack[depth + 1, 1], stack[depth + 1, 2] = mid, b, count - left
         depth += 2
     return out
 
@@ -957,7 +958,7 @@ def _add_balls(light, start, size, centres, which, peaks, table, step, across, a
 @_jit
 def _artefacts(key, lo, hi, end, tissue, mean, bright):  # type: ignore[no-untyped-def]
     """Artefacts of a range of their own tiles: z, y, x, brightness, radius (0: a small one)."""
-    found = np.zeros((np.prod(np.maximum(hi - lo, 0)) * 8 + 1, 5))
+    found = np.zeros((max(hi[0] - lo[0], 0) * max(hi[1] - lo[1], 0) * max(hi[2] - lo[2], 0) * 8, 5))
     n = 0
     p = np.zeros(3)
     for z in range(lo[0], hi[0]):
@@ -971,13 +972,13 @@ def _artefacts(key, lo, hi, end, tissue, mean, bright):  # type: ignore[no-untyp
                     q = 0.0
                     outside = False
                     for axis in range(3):
-                        corner = (z, y, x)[axis] * _ARTEFACT_TILE_UM
-                        p[axis] = corner + _unit(_hash(one, axis)) * _ARTEFACT_TILE_UM
+                        corner = z if axis == 0 else (y if axis == 1 else x)
+                        p[axis] = (corner + _unit(_hash(one, axis))) * _ARTEFACT_TILE_UM
                         outside |= p[axis] >= end[axis]
                         q += _fourth((p[axis] - tissue[axis]) * tissue[3 + axis])
                     if outside or q > tissue[6]:
                         continue
-                    found[n, :3] = p
+                    found[n, 0], found[n, 1], found[n, 2] = p[0], p[1], p[2]
                     if _unit(_hash(one, 3)) < 0.5:
                         found[n, 3] = bright * (0.5 + 2.5 * _unit(_hash(one, 4)))
                         radius = _unit(_hash(one, 5))
@@ -1030,25 +1031,24 @@ def _add_texture(texture, start, step, key, amount):  # type: ignore[no-untyped-
     node_y, wy = _spline(start[1], ny, step[1])
     node_x, wx = _spline(start[2], nx, step[2])
     my, mx = node_y[-1] - node_y[0] + 4, node_x[-1] - node_x[0] + 4
-    slabs = np.zeros((4, my, mx), np.float32)
+    ring = np.zeros((4, my, mx), np.float32)
     plane = np.zeros((my, mx), np.float32)
     line = np.zeros(mx, np.float32)
-    held = node_z[0] - 5
+    held = node_z[0] - 2
     for z in range(nz):
-        while held < node_z[z]:
-            # Four planes of coefficients slide along z.
-            held = max(held + 1, node_z[z] - 3)
-            slabs[:3] = slabs[1:].copy()
-            plane_key = _hash(key, held + 2)
+        while held < node_z[z] + 2:
+            held += 1
+            plane_key = _hash(key, held)
             for j in range(my):
                 line_key = _hash(plane_key, node_y[0] - 1 + j)
                 for i in range(mx):
                     value = _hash(line_key, node_x[0] - 1 + i)
-                    slabs[3, j, i] = np.float32(2 * _unit(value) - 1) * amount
+                    ring[held & 3, j, i] = np.float32(2 * _unit(value) - 1) * amount
+        a, b, c, d = (held + 1) & 3, (held + 2) & 3, (held + 3) & 3, held & 3
         for j in range(my):
             for i in range(mx):
-                plane[j, i] = (wz[z, 0] * slabs[0, j, i] + wz[z, 1] * slabs[1, j, i]) + (
-                    wz[z, 2] * slabs[2, j, i] + wz[z, 3] * slabs[3, j, i]
+                plane[j, i] = (wz[z, 0] * ring[a, j, i] + wz[z, 1] * ring[b, j, i]) + (
+                    wz[z, 2] * ring[c, j, i] + wz[z, 3] * ring[d, j, i]
                 )
         for y in range(ny):
             j = node_y[y] - node_y[0]
