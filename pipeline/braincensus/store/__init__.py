@@ -7,14 +7,15 @@
       tables/blocks/          one row per block: Parquet, an ngio generic table
       braincensus/            working files of the run: intermediate arrays, per-block files
 
-`container` holds the handle and the life of an output (begun, written, finished); `arrays` reads and
-writes blocks of voxels; `pyramids` makes the coarser levels; `tables` the Parquet parts;
-`ome_metadata` says, as pure values, what the attributes of a finished output are; `files` writes
-single files so that they are either whole or absent.
+`places` says whether an output may be begun at a path; `container` holds the handle and the life of an
+output (begun, written, finished); `root` its root attributes; `arrays` reads and writes blocks of voxels;
+`pyramids` makes the coarser levels; `tables` the Parquet parts; `ome_metadata` says, as pure values, what
+the attributes of a finished output are; `files` writes single files, each whole or absent.
 """
 
 from braincensus.store.arrays import chunk_and_shard
-from braincensus.store.container import Output, check_free, create_output, open_output
+from braincensus.store.container import Output, create_output, open_output
+from braincensus.store.places import check_free
 from braincensus.store.pyramids import PyramidLevel, downsample_region, plan_pyramid
 from braincensus.store.tables import CellTable, open_cells, write_blocks_table, write_cells_part
 

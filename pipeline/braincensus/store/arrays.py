@@ -57,6 +57,7 @@ def create(
         same = (
             found.shape == tuple(shape)
             and found.dtype == np.dtype(dtype)
+            and found.fill_value == fill_value
             and (found.chunks, found.shards) == (tuple(chunk), tuple(shard) if shard else None)
         )
         if same:
@@ -121,9 +122,9 @@ def read(root: Path, name: str, box: Box) -> np.ndarray:
     array = open_array(root, name, mode="r")
     _check_inside(array, name, box)
     for file in _shard_files(array, root / name, box):
-        # zarr takes an empty shard for one that was never written.
-        if file.is_file() and file.stat().st_size == 0:
-            raise unreadable(file, EOFError("the file is empty"))
+        # zarr takes an empty shard, and a folder in its place, for one that was never written.
+        if file.exists() and (not file.is_file() or file.stat().st_size == 0):
+            raise unreadable(file, EOFError("nothing in it"))
     try:
         return np.asarray(array[box.slices])
     except MemoryError:

@@ -7,9 +7,7 @@ sets ``complete``. A run that dies in between leaves nothing that looks finished
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 import threading
 import uuid
@@ -30,21 +28,18 @@ from braincensus.store.files import (
     read_arrays,
     unreadable,
     write_arrays,
-    write_json,
     write_whole,
     writing,
 )
 from braincensus.store.ome_metadata import TripleFloat
+from braincensus.store.places import absolute, check_free
 from braincensus.store.pyramids import PyramidLevel
+from braincensus.store.root import KEY, RESERVED, progress, recorded_at, root_attributes, write_group
 from braincensus.store.tables import BLOCKS, CELLS, part_files
 from braincensus_kernels.boxes import Box, Triple
 
-KEY = "braincensus"
-"""Our one key among the root's attributes."""
-
 LABELS, DENSITY, WORK = "labels/cells", "density", "braincensus"
 _GROUPS = ("labels", LABELS, DENSITY, "tables", CELLS, BLOCKS, WORK)
-_RESERVED = ("status", "token", "layout", "voxel_size_um", "begun")
 _LAYOUT = 1
 
 _writing_root = threading.Lock()
@@ -171,6 +166,7 @@ class Output:
         for name in names:
             place = self._work(name, "")
             if place.is_dir() and not place.is_symlink():
+                # A network file system keeps a file that a worker still maps; what stays does no harm.
                 shutil.rmtree(place, ignore_errors=True)
             else:
                 place.unlink(missing_ok=True)
@@ -186,7 +182,7 @@ class Output:
     @property
     def provenance(self) -> dict[str, Any]:
         """Everything recorded about the run: our key of the root's attributes."""
-        attributes = _root_attributes(self.path) or {}
+        attributes = root_attributes(self.path) or {}
         provenance: dict[str, Any] = attributes.get(KEY, {})
         return provenance
 
@@ -206,14 +202,14 @@ class Output:
         OutputError
             If it cannot be written, or another run has replaced this output.
         """
-        taken = [name for name in changes if name in _RESERVED]
+        taken = [name for name in changes if name in RESERVED]
         if taken:
             raise ValueError(f"the provenance keeps {', '.join(taken)} for itself")
         self._rewrite_root(changes, ome=None)
 
     def _rewrite_root(self, changes: Mapping[str, Any], *, ome: Mapping[str, Any] | None) -> None:
         with _writing_root:
-            attributes = _root_attributes(self.path) or {}
+            attributes = root_attributes(self.path) or {}
             recorded = attributes.get(KEY, {})
             if recorded.get("token") != self.token:
                 raise OutputError(
@@ -226,7 +222,7 @@ class Output:
             attributes[KEY] = {**recorded, **jsonable(changes)}
             if ome is not None:
                 attributes = {"ome": jsonable(ome), **attributes}
-            _write_group(self.path, attributes)
+            write_group(self.path, attributes)
 
     def finalise(self, *, levels: Sequence[PyramidLevel], density_bin_um: TripleFloat) -> None:
         """Make the output whole: check that its parts are there, write all attributes, the root's last.
@@ -244,6 +240,8 @@ class Output:
             If an array or a part of a table is missing, or nothing can be written; the output then stays
             incomplete.
         """
+        if not levels:
+            raise ValueError("an image has at least one level")
         self._check_parts(levels)
         _remove_partials(self.path)
         grids = [(level.scale_um, level.translation_um) for level in levels]
@@ -265,7 +263,7 @@ class Output:
             ("tables", {"tables": ["cells", "blocks"]}),
         ]
         for group, attributes in inner:
-            _write_group(self.path / group, jsonable(attributes))
+            write_group(self.path / group, jsonable(attributes))
         self._rewrite_root({"status": "complete"}, ome=probability)
 
     def _check_parts(self, levels: Sequence[PyramidLevel]) -> None:
@@ -312,7 +310,7 @@ def create_output(
         If something is there that may not be removed, or nothing can be written there.
     """
     check_free(path, overwrite=overwrite, protect=protect)
-    place = _absolute(path)
+    place = absolute(path)
     output = Output(place, voxel_size_um, uuid.uuid4().hex)
     begun = {
         "status": "incomplete",
@@ -323,37 +321,13 @@ def create_output(
     }
     with writing(place):
         place.mkdir(parents=True, exist_ok=True)
-        _write_group(place, {KEY: begun})  # before anything goes: a removal that dies is no finished output
+        write_group(place, {KEY: begun})  # before anything goes: a removal that dies is no finished output
         for entry in place.iterdir():
             if entry.name != "zarr.json":
                 _remove(entry)
         for group in _GROUPS:
-            _write_group(place / group, {})
+            write_group(place / group, {})
     return output
-
-
-def check_free(
-    path: str | os.PathLike[str], *, overwrite: bool, protect: Iterable[str | os.PathLike[str]] = ()
-) -> None:
-    """Check that an output can be begun at `path`, without changing anything; see `create_output`.
-
-    Raises
-    ------
-    OutputError
-        If not; says what is there and what to do.
-    """
-    place = _absolute(path)
-    if place.is_symlink():
-        raise OutputError(
-            explain(
-                f"{place} is a symbolic link",
-                found=f"a link to {os.readlink(place)}",
-                remedy="give the path of a new folder; links are never followed or replaced",
-            )
-        )
-    if place.exists():
-        _check_replaceable(place, overwrite=overwrite, protect=protect)
-    _check_writable(place)
 
 
 def open_output(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Output:
@@ -371,10 +345,10 @@ def open_output(path: str | os.PathLike[str], *, allow_incomplete: bool = False)
     OutputError
         If there is none, it is something else, or its run did not finish.
     """
-    place = _absolute(path)
+    place = absolute(path)
     if not place.exists():
         raise OutputError(explain(f"there is no output at {place}", remedy="check the path"))
-    recorded = _recorded(place)
+    recorded = recorded_at(place)
     if recorded is None:
         raise OutputError(
             explain(
@@ -394,131 +368,13 @@ def open_output(path: str | os.PathLike[str], *, allow_incomplete: bool = False)
         raise OutputError(
             explain(
                 f"the run that writes {place} has not finished",
-                found=_progress(recorded),
+                found=progress(recorded),
                 cause="it is still running, or it was interrupted or failed",
                 remedy="wait for it, or run again with --overwrite; "
                 "open_output(path, allow_incomplete=True) shows what is there",
             )
         )
     return output
-
-
-def _check_replaceable(place: Path, *, overwrite: bool, protect: Iterable[str | os.PathLike[str]]) -> None:
-    if not place.is_dir():
-        raise OutputError(
-            explain(f"{place} is a file", expected="a folder to be made", remedy="give another path")
-        )
-    if not any(place.iterdir()):
-        return
-    recorded = _recorded(place)
-    if recorded is None:
-        raise OutputError(
-            explain(
-                f"{place} exists and is not an output of braincensus",
-                found=_listing(entry.name for entry in place.iterdir()),
-                remedy="give another path; --overwrite replaces outputs of braincensus only",
-            )
-        )
-    if not overwrite:
-        if recorded.get("status") == "complete":
-            problem, remedy = "is a finished output", "give another path, or replace it with --overwrite"
-        else:
-            problem = "is an unfinished output"
-            remedy = "if no other run is writing it, begin anew with --overwrite"
-        raise OutputError(explain(f"{place} {problem}", found=_progress(recorded), remedy=remedy))
-    foreign = _foreign_entries(place)
-    if foreign:
-        raise OutputError(
-            explain(
-                f"{place} holds more than braincensus wrote, so it is not removed",
-                found=_listing(foreign),
-                remedy="move that elsewhere, or give another path",
-            )
-        )
-    real = Path(os.path.realpath(place))
-    for kept in protect:
-        if Path(os.path.realpath(kept)).is_relative_to(real):
-            raise OutputError(
-                explain(
-                    f"replacing {place} would remove {os.fspath(kept)}",
-                    cause="the input of this run lies in the output of an earlier one",
-                    remedy="give another output path",
-                )
-            )
-
-
-def _check_writable(place: Path) -> None:
-    existing = place
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        problem = f"{existing} is a file"
-    elif not os.access(existing, os.W_OK | os.X_OK):
-        problem = f"{existing} cannot be written"
-    else:
-        return
-    raise OutputError(
-        explain(f"cannot make {place}", found=problem, remedy="choose a folder that you can write to")
-    )
-
-
-def _foreign_entries(place: Path) -> list[str]:
-    """Return what in an output is not ours: labels, tables or files that someone added."""
-    ours = {"": {"labels", "density", "tables", WORK}, "labels": {"cells"}, "tables": {"cells", "blocks"}}
-    foreign = []
-    for group, names in ours.items():
-        folder = place / group
-        for entry in folder.iterdir() if folder.is_dir() else ():
-            known = names | {"zarr.json", ".DS_Store"}
-            level = group == "" and entry.name.isdigit()
-            if entry.name not in known and not level and not entry.name.endswith(PARTIAL):
-                foreign.append(f"{group}/{entry.name}".lstrip("/"))
-    return sorted(foreign)
-
-
-def _absolute(path: str | os.PathLike[str]) -> Path:
-    text = os.fspath(path)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
-        raise OutputError(
-            explain(
-                f"{text} is not a path of this machine",
-                expected="a folder in a file system that all workers share",
-                remedy="write to a folder, and copy the finished output to the object store",
-            )
-        )
-    return Path(os.path.abspath(text))
-
-
-def _root_attributes(place: Path) -> dict[str, Any] | None:
-    """Return the attributes of a zarr v3 group, or None where there is no such group."""
-    try:
-        document = json.loads((place / "zarr.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(document, dict) or document.get("node_type") != "group":
-        return None
-    attributes = document.get("attributes", {})
-    return attributes if isinstance(attributes, dict) else None
-
-
-def _recorded(place: Path) -> dict[str, Any] | None:
-    recorded = (_root_attributes(place) or {}).get(KEY)
-    return recorded if isinstance(recorded, dict) and "status" in recorded else None
-
-
-def _write_group(place: Path, attributes: Mapping[str, Any]) -> None:
-    write_json(place / "zarr.json", {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"})
-
-
-def _progress(recorded: Mapping[str, Any]) -> str:
-    begun = f"begun {recorded.get('begun', 'at an unknown time')}"
-    steps = [name for name in recorded if name not in _RESERVED]
-    return f"{begun}, recorded so far: {', '.join(steps) or 'nothing'}"
-
-
-def _listing(names: Iterable[str]) -> str:
-    found = sorted(names)
-    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
 
 
 def _remove(entry: Path) -> None:

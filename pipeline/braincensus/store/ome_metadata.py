@@ -28,7 +28,7 @@ def grid_origin_um(spacing_um: TripleFloat, voxel_size_um: TripleFloat) -> Tripl
 
 
 def multiscale(
-    name: str, grids: Sequence[tuple[TripleFloat, TripleFloat]], *, how: str
+    name: str, grids: Sequence[tuple[TripleFloat, TripleFloat]], *, how: str | None
 ) -> list[dict[str, Any]]:
     """Describe an image whose levels ``0, 1, ...`` have these (scale, translation) in um, finest first.
 

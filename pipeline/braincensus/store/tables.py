@@ -134,7 +134,8 @@ class CellTable:
         for path in self.files:
             try:
                 with pa_parquet.ParquetFile(path) as part:
-                    yield from part.iter_batches(batch_size=rows, columns=list(columns) if columns else None)
+                    for batch in part.iter_batches(batch_size=rows, columns=columns and list(columns)):
+                        yield batch.select(list(columns)) if columns else batch
             except (pa.ArrowException, OSError) as err:
                 raise unreadable(path, err) from err
 
