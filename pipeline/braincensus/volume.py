@@ -25,6 +25,7 @@ from braincensus_kernels.boxes import Box, Triple
 
 _SUPPORTED = "OME-Zarr or zarr (a folder), TIFF (.tif .tiff .btf .tf2 .tf8), a folder of TIFF planes, or .npy"
 _NOT_SUPPORTED = {
+    ".json": "a metadata file; give the folder that it is in",
     ".h5": "HDF5 (mesoSPIM's BigDataViewer files among them)",
     ".hdf5": "HDF5",
     ".ims": "Imaris",

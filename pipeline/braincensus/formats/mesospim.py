@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from braincensus.formats.checks import is_voxel_size
-from braincensus.formats.readers import VoxelSize
+from braincensus.formats.readers import Found, VoxelSize
+from braincensus_kernels.boxes import Triple
 
 _NAME_PART = {
     "magnification": re.compile(r"Mag[_ ]?([\d.]+ ?x?)", re.I),
@@ -103,6 +106,25 @@ class Sidecar:
         missing = int(expected) - planes
         word = "planes" if missing > 1 else "plane"
         return f"{missing} trailing {word} missing: {planes} of {int(expected)} ({self.path.name})"
+
+
+def add_sidecar(found: Found, path: Path, full_shape: Triple) -> Found:
+    """Complete what a format found with what the sidecar says, if there is one.
+
+    `full_shape` is that of the image at full resolution, which the sidecar describes.
+    """
+    sidecar = sidecar_of(path)
+    if sidecar is None:
+        return found
+    notes: tuple[str, ...] = ()
+    described, assumed = sidecar.voxel_size(full_shape[1:])
+    if described and found.voxel_size is None:
+        found, notes = replace(found, voxel_size=described), assumed
+    elif described and found.voxel_size and not np.allclose(described.um, found.voxel_size.um, rtol=0.02):
+        notes = (f"{sidecar.path.name} says {', '.join(f'{v:g}' for v in described.um)} um instead",)
+    if lost := sidecar.missing_planes(full_shape[0]):
+        notes += (lost,)
+    return replace(found, notes=found.notes + notes)
 
 
 def sidecar_of(path: Path) -> Sidecar | None:

@@ -41,6 +41,7 @@ from braincensus.formats.readers import (
     dtype_as_read,
     open_zarr_array,
 )
+from braincensus_kernels.boxes import Triple
 
 _DOCUMENTS = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 
@@ -70,20 +71,9 @@ def open_ome_zarr(path: Path, *, channel: int, timepoint: int, level: int) -> Fo
     )
     shape = axes.zyx(array.shape)
     scale = image.voxel_size(names, array_path)
-    factors, factor_notes = image.downsampling(level, axes, names, shape)
+    full_shape = image.full_shape(axes)
+    factors, factor_notes = image.downsampling(level, axes, names, shape, full_shape)
     notes += image.notes + scale.notes + factor_notes
-
-    voxel_size, missing = scale.voxel_size, scale.missing
-    if sidecar := mesospim.sidecar_of(image.root):
-        described, sidecar_notes = sidecar.voxel_size(
-            [round(n * f) for n, f in zip(shape, factors, strict=True)][1:]
-        )
-        if described and voxel_size is None:
-            voxel_size, notes = described, notes + sidecar_notes
-        elif described and voxel_size and not np.allclose(described.um, voxel_size.um, rtol=0.02):
-            notes += (f"{sidecar.path.name} says {_write(described.um)} um instead",)
-        if lost := sidecar.missing_planes(round(shape[0] * factors[0])):
-            notes += (lost,)
 
     identity = {
         "path": str((image.root / array_path).resolve()),
@@ -95,7 +85,7 @@ def open_ome_zarr(path: Path, *, channel: int, timepoint: int, level: int) -> Fo
         "bytes": int(np.prod(shape)) * array.dtype.itemsize,
         "fingerprint": _fingerprint(image.root / array_path, array, axes),
     }
-    return Found(
+    found = Found(
         format=image.format,
         reader=ZarrReader(
             root=str(image.root.resolve()),
@@ -107,13 +97,14 @@ def open_ome_zarr(path: Path, *, channel: int, timepoint: int, level: int) -> Fo
         shape=shape,
         dtype=dtype_as_read(array.dtype),
         chunks=axes.zyx(array.chunks),
-        voxel_size=voxel_size,
+        voxel_size=scale.voxel_size,
         downsampling=factors,
         identity=identity,
         notes=notes,
-        missing_scale=missing,
+        missing_scale=scale.missing,
         is_one_level=_is_array(path),
     )
+    return mesospim.add_sidecar(found, image.root, full_shape)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -235,13 +226,16 @@ class _Image:
         )
         return _Scale(VoxelSize((um[0], um[1], um[2]), "OME metadata"), notes=notes)
 
+    def full_shape(self, axes: Axes) -> Triple:
+        """Return the shape of level 0."""
+        return axes.zyx(_open_array(self.root, self.levels[0], self.version_of(self.levels[0])).shape)
+
     def downsampling(
-        self, level: int, axes: Axes, names: Sequence[str], shape: tuple[int, int, int]
+        self, level: int, axes: Axes, names: Sequence[str], shape: Triple, full: Triple
     ) -> tuple[TripleFloat, tuple[str, ...]]:
         """Return how much coarser a level is than level 0, along z, y, x."""
         if level == 0:
             return (1.0, 1.0, 1.0), ()
-        full = axes.zyx(_open_array(self.root, self.levels[0], self.version_of(self.levels[0])).shape)
         by_shape = tuple(f / n for f, n in zip(full, shape, strict=True))
 
         def agrees(factors: Sequence[float]) -> bool:

@@ -85,9 +85,9 @@ def open_tiff(
             notes=notes + axes_notes,
             missing_scale=missing,
         )
-        if level and voxel_size:
-            full = axes.zyx(images[number].shape)
-            z, y, x = (f / n for f, n in zip(full, shape, strict=True))
+        full_shape = axes.zyx(images[number].shape)
+        if level:
+            z, y, x = (f / n for f, n in zip(full_shape, shape, strict=True))
             found = replace(found, downsampling=(z, y, x))
         offset = series.dataoffset
         if offset is not None and not isinstance(series, _PlanePerPage):
@@ -115,7 +115,7 @@ def open_tiff(
                 found = replace(found, reader=reader)
             else:
                 found = _converted(found, path, _page_reader(tif, pages, path), scratch, progress)
-    return _with_sidecar(found, path)
+    return mesospim.add_sidecar(found, path, full_shape)
 
 
 def open_planes(
@@ -195,7 +195,7 @@ def open_planes(
         found = replace(found, reader=reader)
     else:
         found = _converted(found, folder, _file_reader(folder, names), scratch, progress)
-    return _with_sidecar(found, folder)
+    return mesospim.add_sidecar(found, folder, shape)
 
 
 def plane_names(folder: Path) -> list[str]:
@@ -226,7 +226,7 @@ class _Listener(logging.Handler):
 
 
 _DAMAGE = re.compile(
-    r"corrupted|invalid (page )?offset|missing data|truncated|incompletely|incorrect Strip", re.I
+    r"corrupted|invalid (page )?offset|missing data (offset|ByteCounts)|truncated|incorrect Strip", re.I
 )
 
 
@@ -471,9 +471,7 @@ def _gaps(names: Sequence[str]) -> tuple[str, ...]:
     if not missing or len(missing) > len(names):
         return ()
     shown = ", ".join(map(str, missing[:5])) + (" ..." if len(missing) > 5 else "")
-    return (
-        f"{len(missing)} planes missing by their numbers ({shown}); their neighbours are taken as adjacent",
-    )
+    return (f"plane numbers missing: {len(missing)} ({shown}); their neighbours are taken as adjacent",)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -581,22 +579,6 @@ def _from_imagej(metadata: dict[str, Any], page: Any) -> tuple[VoxelSize | None,
     if not is_voxel_size(sizes):
         return None, f"ImageJ metadata with an impossible voxel size, {sizes}"
     return VoxelSize(sizes, "ImageJ metadata"), ""
-
-
-def _with_sidecar(found: Found, path: Path) -> Found:
-    sidecar = mesospim.sidecar_of(path)
-    if sidecar is None:
-        return found
-    described, notes = sidecar.voxel_size(found.shape[1:])
-    extra: tuple[str, ...] = ()
-    if described and found.voxel_size is None:
-        found = replace(found, voxel_size=described)
-        extra += notes
-    elif described and found.voxel_size and not np.allclose(described.um, found.voxel_size.um, rtol=0.02):
-        extra += (f"{sidecar.path.name} says {', '.join(f'{v:g}' for v in described.um)} um instead",)
-    if lost := sidecar.missing_planes(found.shape[0]):
-        extra += (lost,)
-    return replace(found, notes=found.notes + extra)
 
 
 def _identity(

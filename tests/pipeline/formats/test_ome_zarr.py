@@ -255,6 +255,14 @@ def test_the_sidecar_gives_the_voxel_size_that_a_tile_lacks(tmp_path, voxels, wr
     assert not volume.notes
 
 
+def test_binning_is_seen_at_any_level(tmp_path, voxels, write_image, sidecar):
+    data = voxels((20, 51, 61))
+    path = write_image(tmp_path / "a.ome.zarr", [data, data[:, 1::2, 1::2]], scales=None)
+    sidecar(tmp_path / "a.ome.zarr_meta.txt", pixel=2, x_pixels=122, y_pixels=102)
+    assert open_volume(path).voxel_size_um == (5, 4, 4)
+    assert open_volume(path, level=1).voxel_size_um == (5, 8, 8)
+
+
 def test_a_sidecar_that_disagrees_is_mentioned(tmp_path, voxels, write_image, sidecar):
     path = write_image(tmp_path / "a.ome.zarr", [voxels()], scales=[[5, 2, 2]])
     sidecar(tmp_path / "a.ome.zarr_meta.txt", step=3)
@@ -307,6 +315,39 @@ def test_missing_axes_are_assumed_and_said(tmp_path, voxels, write_image):
     volume = open_volume(path, channel=1)
     assert (volume.shape, volume.voxel_size_um) == ((8, 9, 10), (5, 2, 3))
     assert any("taken as czyx" in note for note in volume.notes)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the writer
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_an_image_that_ome_zarr_writes(tmp_path, voxels, version):
+    from ome_zarr.format import FormatV04, FormatV05
+    from ome_zarr.writer import write_image as write
+
+    data = voxels((2, 20, 50, 60))
+    write(
+        data,
+        str(tmp_path / "a.ome.zarr"),
+        axes=[
+            {"name": "c", "type": "channel"},
+            *({"name": n, "type": "space", "unit": "micrometer"} for n in "zyx"),
+        ],
+        fmt=FormatV04() if version == "0.4" else FormatV05(),
+        scale={"c": 1.0, "z": 5.0, "y": 2.0, "x": 2.0},
+    )
+    volume = open_volume(tmp_path / "a.ome.zarr", channel=1)
+    assert (volume.format, volume.voxel_size_um) == (f"OME-Zarr {version}", (5, 2, 2))
+    np.testing.assert_array_equal(volume.read(volume.box), data[1])
+
+
+@pytest.mark.filterwarnings("ignore")  # of the writer
+def test_an_image_that_ngio_writes(tmp_path, voxels):
+    import ngio
+
+    ngio.create_ome_zarr_from_array(tmp_path / "a.zarr", voxels(), pixelsize=2.0, z_spacing=5.0, levels=2)
+    volume = open_volume(tmp_path / "a.zarr")
+    assert volume.voxel_size_um == (5, 2, 2)
+    np.testing.assert_array_equal(volume.read(volume.box), voxels())
+    assert open_volume(tmp_path / "a.zarr", level=1).voxel_size_um == (5, 4, 4)
 
 
 # -- damage -----------------------------------------------------------------------------------

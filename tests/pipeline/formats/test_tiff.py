@@ -250,7 +250,7 @@ def test_missing_plane_numbers_are_said(tmp_path, voxels):
     (path / "plane7.tif").unlink()
     volume = open_volume(path, voxel_size_um=1)
     assert volume.shape[0] == 19
-    assert any("1 planes missing by their numbers (7)" in note for note in volume.notes)
+    assert any("plane numbers missing: 1 (7)" in note for note in volume.notes)
 
 
 def test_folder_of_stacks_is_refused_and_of_one_is_opened(tmp_path, voxels):
@@ -260,6 +260,22 @@ def test_folder_of_stacks_is_refused_and_of_one_is_opened(tmp_path, voxels):
     imagej(tmp_path / "b.tif", voxels())
     with pytest.raises(InputError, match=r"a\.tif has 20 planes"):
         open_volume(tmp_path)
+
+
+def test_folder_of_ome_planes_that_each_describe_the_whole(tmp_path, voxels):
+    path = folder_of(
+        tmp_path / "planes",
+        voxels(),
+        name="Z{}.ome.tif",
+        ome=True,
+        metadata={"axes": "YX", "PhysicalSizeX": 2.0, "PhysicalSizeY": 3.0, "PhysicalSizeZ": 5.0},
+    )
+    for file in path.iterdir():
+        xml = tifffile.tiffcomment(file).replace('SizeZ="1"', 'SizeZ="20"')
+        tifffile.tiffcomment(file, xml.encode())
+    volume = open_volume(path)
+    assert volume.voxel_size_um == (5, 3, 2)
+    check(volume, voxels())
 
 
 # -- voxel size -------------------------------------------------------------------------------
@@ -380,6 +396,13 @@ def test_axes_of_length_1_do_not_count(tmp_path, voxels):
     tifffile.imwrite(tmp_path / "b.tif", data, metadata={"axes": "QQQQQYX"})
     with pytest.raises(InputError, match="not a volume"):
         open_volume(tmp_path / "b.tif", voxel_size_um=1)
+
+
+def test_given_voxel_size_is_of_full_resolution(tmp_path, voxels):
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif") as writer:
+        writer.write(voxels(), subifds=1, metadata={"axes": "ZYX"})
+        writer.write(voxels()[:, ::2, ::2], subfiletype=1)
+    assert open_volume(tmp_path / "a.ome.tif", level=1, voxel_size_um=(5, 2, 2)).voxel_size_um == (5, 4, 4)
 
 
 def test_several_stacks_in_one_file_are_listed(tmp_path, voxels):
