@@ -142,19 +142,20 @@ def _resources_of(client: Client, compute: Compute) -> Resources:
         workers=len(workers),
         threads=threads,
         memory_bytes=min(memory) if memory else int(psutil.virtual_memory().available / len(workers)),
-        device=_device(compute),
+        device=_device(compute, client),
         cluster=client.scheduler.address,
     )
 
 
-def _device(compute: Compute) -> Literal["cpu", "cuda"]:
+def _device(compute: Compute, client: Client | None = None) -> Literal["cpu", "cuda"]:
     if compute.device == "cpu":
         return "cpu"
-    found = cuda_available()
+    # A cluster's workers have the GPUs; the machine that asks may have none.
+    found = cuda_available() if client is None else client.submit(cuda_available, pure=False).result()
     if compute.device == "cuda" and not found:
         raise ConfigError(
             explain(
-                "--device cuda: no usable GPU here",
+                "--device cuda: no usable GPU " + ("here" if client is None else "on the workers"),
                 expected="an NVIDIA GPU, its driver, and the extra cuda13 or cuda12",
                 cause="no GPU, or `pip install 'braincensus[cuda13]'` was not run",
                 remedy="use --device cpu (or auto)",

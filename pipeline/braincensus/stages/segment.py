@@ -235,7 +235,7 @@ def _intensity_foreground(spec: _Segment, core: Box) -> np.ndarray:
     return foreground_from_intensity(
         values,
         background,
-        floor=max(intensity.tissue_threshold, intensity.low),
+        floor=max(intensity.tissue_threshold, intensity.low, 1.0),
         median=intensity.median,
         high=intensity.high,
     )
