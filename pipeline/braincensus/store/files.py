@@ -108,10 +108,16 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         If the file is missing or damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy"): _member(archive, name) for name in archive.namelist()}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as err:
         raise unreadable(path, err) from err
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(name) as member:
+        values: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
+        return values
 
 
 def unreadable(path: Path, err: BaseException) -> OutputError:

@@ -6,14 +6,13 @@ a table of all cells: a task writes its part, `CellTable` streams them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as pa_dataset
 import pyarrow.parquet as pa_parquet
 
 from braincensus.errors import ConfigError, explain
@@ -79,7 +78,10 @@ def part_path(root: Path, table: str, number: int) -> Path:
 
 
 def _write(path: Path, table: pa.Table) -> None:
-    write_whole(path, lambda file: pa_parquet.write_table(table, file, compression="zstd"), durable=True)
+    def write(file: IO[bytes]) -> None:
+        pa_parquet.write_table(table, file, compression="zstd", write_page_checksum=True)
+
+    write_whole(path, write, durable=True)
 
 
 def part_files(root: Path, table: str) -> list[Path]:
@@ -114,17 +116,17 @@ class CellTable:
     files: tuple[Path, ...]
 
     def __len__(self) -> int:
-        return int(self._dataset().count_rows())
+        return sum(int(self._look(path, pa_parquet.read_metadata).num_rows) for path in self.files)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the columns."""
-        return tuple(self._dataset().schema.names)
+        return tuple(self.schema.names)
 
     @property
     def schema(self) -> pa.Schema:
         """Names and types of the columns."""
-        return self._dataset().schema
+        return self._look(self.files[0], pa_parquet.read_schema)
 
     def iter_batches(
         self, *, columns: Sequence[str] | None = None, rows: int = 131_072
@@ -133,7 +135,7 @@ class CellTable:
         self._check(columns)
         for path in self.files:
             try:
-                with pa_parquet.ParquetFile(path) as part:
+                with pa_parquet.ParquetFile(path, page_checksum_verification=True) as part:
                     for batch in part.iter_batches(batch_size=rows, columns=columns and list(columns)):
                         yield batch.select(list(columns)) if columns else batch
             except (pa.ArrowException, OSError) as err:
@@ -156,11 +158,12 @@ class CellTable:
         """
         return self.to_arrow(columns=columns).to_pandas()
 
-    def _dataset(self) -> Any:
+    @staticmethod
+    def _look(path: Path, read: Callable[[Path], Any]) -> Any:
         try:
-            return pa_dataset.dataset([str(path) for path in self.files], format="parquet")
+            return read(path)
         except (pa.ArrowException, OSError) as err:
-            raise unreadable(self.files[0], err) from err
+            raise unreadable(path, err) from err
 
     def _check(self, columns: Sequence[str] | None) -> None:
         unknown = [name for name in columns or () if name not in self.columns]
