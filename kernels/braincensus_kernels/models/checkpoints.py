@@ -1,0 +1,216 @@
+"""Weights in and out of files: strict, and without ever running code from a file.
+
+safetensors files hold nothing but arrays; ``.pth`` files are opened with ``weights_only``. What a
+file holds must be exactly what the network has: anything missing, extra or of another shape is listed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from braincensus_kernels.models.wnet3d import UNet
+
+COMPACT = "compact"
+"""Name of the weights shipped in the package."""
+
+_COMPACT_FILE = "wnet3d-compact.safetensors"
+_LEVELS = ("in_b.module.4.weight", "conv1.module.6.weight", "conv2.module.6.weight", "bot.module.6.weight")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An encoder's weights, with where they came from."""
+
+    encoder: Mapping[str, Tensor] = field(repr=False)
+    """Float32, keyed as `UNet.state_dict`."""
+    channels: tuple[int, int, int, int]
+    num_classes: int
+    in_channels: int
+    metadata: Mapping[str, str]
+    sha256: str
+    """Of the file."""
+    source: str
+
+    def build_encoder(self) -> UNet:
+        """Return the encoder in evaluation mode; its forward ends in a softmax."""
+        encoder = UNet(self.in_channels, self.num_classes, channels=self.channels, dropout=0.0, softmax=True)
+        encoder.load_state_dict(dict(self.encoder), strict=True)
+        return encoder.eval()
+
+
+def load_weights(source: str | Path) -> Weights:
+    """Read the encoder's weights.
+
+    Parameters
+    ----------
+    source
+        ``"compact"`` for the shipped ones, or the path of a ``.safetensors``, ``.pth`` or ``.pt`` file:
+        a state dict of a whole WNet3D (the decoder is dropped) or of an encoder alone, of any channels.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is of another kind, is damaged, would run code, or does not hold exactly an encoder.
+
+    Examples
+    --------
+    >>> load_weights("compact").channels
+    (16, 32, 64, 128)
+    """
+    name = str(source)
+    if name == COMPACT:
+        data = resources.files("braincensus_kernels.models").joinpath("weights", _COMPACT_FILE)
+        with resources.as_file(data) as path:
+            return _load(path, name)
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}; give a .safetensors or .pth file, or {COMPACT!r}")
+    return _load(path, name)
+
+
+def save_weights(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Write a state dict as safetensors, all or nothing; returns the file's SHA-256.
+
+    Raises
+    ------
+    ValueError
+        If the path does not end in ``.safetensors`` or a value is not finite.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"weights are written as .safetensors, got {path.name!r}")
+    arrays = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    _check_finite(arrays, str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(suffix=".partial", prefix=path.name, dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(arrays, temporary, metadata=dict(metadata))
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return _digest(path)
+
+
+def _load(path: Path, source: str) -> Weights:
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        state, metadata = _read_safetensors(path)
+    elif suffix in (".pth", ".pt"):
+        state, metadata = _read_pickle(path), {}
+    else:
+        raise ValueError(f"{path}: expected .safetensors, .pth or .pt, got {suffix or 'no extension'!r}")
+    encoder = _encoder_part(state)
+    channels, num_classes, in_channels = _infer_size(encoder, path)
+    _check_strict(encoder, channels, num_classes, in_channels, path)
+    _check_finite(encoder, str(path))
+    return Weights(
+        encoder={key: value.float().contiguous() for key, value in encoder.items()},
+        channels=channels,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        metadata=metadata,
+        sha256=_digest(path),
+        source=source,
+    )
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except SafetensorError as err:
+        raise ValueError(f"{path} is not a readable safetensors file ({err}); it may be cut short") from err
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as err:
+        raise ValueError(
+            f"{path} is not a plain state dict of tensors, or is damaged ({type(err).__name__}); "
+            "files that would run code when opened are refused"
+        ) from err
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()
+    ):
+        raise ValueError(f"{path}: expected a state dict (names to tensors), got {type(loaded).__name__}")
+    return cast(dict[str, Tensor], dict(loaded))
+
+
+def _encoder_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the decoder, and the prefix that a whole network's names have."""
+    kept = {key: value for key, value in state.items() if not key.startswith("decoder.")}
+    if any(key.startswith("encoder.") for key in kept):
+        # A name without the prefix beside names with it is not the encoder's: keep it, to be reported.
+        return {
+            key.removeprefix("encoder.") if key.startswith("encoder.") else f"({key})": kept[key]
+            for key in kept
+        }
+    return kept
+
+
+def _infer_size(encoder: Mapping[str, Tensor], path: Path) -> tuple[tuple[int, int, int, int], int, int]:
+    needed = (*_LEVELS, "in_b.module.0.weight", "out_b.module.8.weight")
+    absent = [key for key in needed if key not in encoder or encoder[key].ndim != 5]
+    if absent:
+        raise ValueError(f"{path} does not hold a WNet3D encoder: no {', '.join(absent)}")
+    a, b, c, d = (int(encoder[key].shape[0]) for key in _LEVELS)
+    if any(n < 4 or n % 4 for n in (a, b, c, d)):
+        raise ValueError(
+            f"{path} does not hold a WNet3D encoder: channels {(a, b, c, d)} are not multiples of 4"
+        )
+    classes = int(encoder["out_b.module.8.weight"].shape[0])
+    return (a, b, c, d), classes, int(encoder["in_b.module.0.weight"].shape[1])
+
+
+def _check_strict(
+    encoder: Mapping[str, Tensor],
+    channels: tuple[int, int, int, int],
+    num_classes: int,
+    in_channels: int,
+    path: Path,
+) -> None:
+    with torch.device("meta"):
+        expected = UNet(in_channels, num_classes, channels=channels, dropout=0.0, softmax=True).state_dict()
+    missing = sorted(set(expected) - set(encoder))
+    unexpected = sorted(set(encoder) - set(expected))
+    misshaped = [
+        f"{key}: {tuple(encoder[key].shape)} for {tuple(expected[key].shape)}"
+        for key in sorted(set(expected) & set(encoder))
+        if encoder[key].shape != expected[key].shape
+    ]
+    if missing or unexpected or misshaped:
+        listed = [("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped)]
+        lines = [f"  {kind}: {', '.join(keys)}" for kind, keys in listed if keys]
+        raise ValueError(
+            "\n".join([f"{path} does not hold exactly a WNet3D encoder of channels {channels}", *lines])
+        )
+
+
+def _check_finite(arrays: Mapping[str, Tensor], where: str) -> None:
+    bad = [key for key, value in arrays.items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise ValueError(f"{where}: values that are not finite in {', '.join(sorted(bad))}")
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

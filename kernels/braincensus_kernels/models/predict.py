@@ -1,0 +1,330 @@
+"""Foreground probability of one patch: the network's inference, on CPU or CUDA.
+
+    patch = core + halo, in [0, 100] -> folded encoder, unpadded, cropped level by level -> core
+
+Each level computes only what the core needs of it. Voxels beyond the core, on each side:
+
+    level     takes          gives          because the next needs
+    full      46 (input)     44             44 to pool; 2 of it beside the upsampled features
+    half      22             20             20 to pool; 4
+    quarter   10             8              8 to pool; 4
+    eighth    4              2              2
+
+So 46 voxels of context are enough to be exact, and the halo, a multiple of 8, is 48. With less,
+what a level lacks at its outer edge is filled with its outermost computed features, repeated. That
+is a rule of the patch alone: no result depends on what else is computed, or in which batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from braincensus_kernels.boxes import Triple
+from braincensus_kernels.models.calibrate import NormStatistics
+from braincensus_kernels.models.checkpoints import Weights
+from braincensus_kernels.models.fold import Convolution, FoldedEncoder, UpStep, fold
+
+LATTICE = 8
+"""Patches start, and extend, at multiples of this many voxels: the network halves three times."""
+
+EXACT_HALO_VOXELS = 48
+"""With this much context the core is what it would be in an endless volume."""
+
+Norm = Literal["calibrated", "window"]
+
+_FULL_IN = 46  # context that each level takes at most (see the module)
+_HALF_IN = 22
+_QUARTER_IN = 10
+_EIGHTH_IN = 4
+_FULL_LEAST = 4  # and at least: the full level, and the half and quarter level
+_LEAST = 6
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_threads_lock = threading.Lock()
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """Return ``float32`` or ``bfloat16``; ``auto`` is bfloat16 where the device computes it natively.
+
+    Raises
+    ------
+    ValueError
+        If `precision` is none of the three.
+
+    Examples
+    --------
+    >>> resolve_precision("float32", "cpu")
+    'float32'
+    """
+    if precision in _DTYPES:
+        return precision
+    if precision != "auto":
+        raise ValueError(f"precision must be auto, float32 or bfloat16, got {precision!r}")
+    if torch.device(device).type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    native = torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return "bfloat16" if native else "float32"
+
+
+def projected_bytes(core: Triple, halo: int, channels: Sequence[int], precision: str) -> int:
+    """Project the peak memory of one `Predictor.predict`, weights included, in bytes.
+
+    A sum over the level that needs most; on the safe side.
+    """
+    item = _DTYPES[precision].itemsize
+    a, b, c, d = channels
+    context = min(halo, _FULL_IN)
+
+    def voxels(scale: int, margin: int) -> int:
+        return prod(n // scale + 2 * margin for n in core)
+
+    full, half = voxels(1, context), voxels(2, min(context // 2, _HALF_IN) + 2)
+    patch = prod(n + 2 * halo for n in core)
+    skip = voxels(1, 2) * a * item
+    # Two copies of the widest features at a time, and one that the convolution may reorder.
+    at_full = full * (item + 3 * a * item)
+    at_half = skip + half * (a + 2 * b + b) * item
+    at_out = 2 * skip + voxels(1, 1) * 3 * a * item + voxels(2, 1) * b * item + voxels(1, 0) * 12
+    at_half_up = skip + voxels(2, 4) * 5 * b * item
+    # Full precision weights of both forms, and the working copies that a convolution makes of its own.
+    parameters = 27 * (a * a + 2 * b * b + 2 * c * c + 2 * d * d) + 27 * 8 * (a * a + b * b + c * c)
+    return int(1.15 * max(at_full, at_half, at_out, at_half_up)) + patch * 4 + parameters * 8
+
+
+class Predictor:
+    """Foreground probability, patch by patch.
+
+    Parameters
+    ----------
+    weights
+        Of the encoder.
+    norm
+        ``calibrated``: frozen statistics, folded; a fixed local function. ``window``: statistics of
+        the patch itself, as the published plugin; the caller passes its 64^3 windows.
+    statistics
+        From `calibrate`. With ``window`` they only tell which class is foreground.
+    halo_voxels
+        Context on each side of the core, a multiple of 8. 48 is exact.
+    precision
+        ``auto``, ``float32`` or ``bfloat16``; see `resolve_precision`.
+    device
+        As torch names it.
+    threads
+        CPU threads of one prediction; None for torch's current setting.
+
+    Raises
+    ------
+    ValueError
+        On an argument that cannot be used, or statistics of another network.
+
+    Notes
+    -----
+    One prediction at a time in a process: the number of threads is torch's, and shared.
+    Source: the architecture and inference of CellSeg3D's WNet3D; freezing, folding and cropping are ours.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from braincensus_kernels.models.calibrate import calibrate
+    >>> from braincensus_kernels.models.checkpoints import load_weights
+    >>> weights = load_weights("compact")
+    >>> windows = np.random.default_rng(0).uniform(0, 100, (1, 1, 32, 32, 32)).astype(np.float32)
+    >>> predictor = Predictor(weights, statistics=calibrate(weights, windows), halo_voxels=8)
+    >>> predictor.predict(windows[0, 0]).shape
+    (16, 16, 16)
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        norm: Norm = "calibrated",
+        statistics: NormStatistics | None,
+        halo_voxels: int,
+        precision: str = "auto",
+        device: str = "cpu",
+        threads: int | None = None,
+    ) -> None:
+        if norm not in ("calibrated", "window"):
+            raise ValueError(f"norm must be calibrated or window, got {norm!r}")
+        if halo_voxels < 0 or halo_voxels % LATTICE:
+            raise ValueError(f"the halo must be a multiple of {LATTICE} voxels, got {halo_voxels}")
+        if statistics is None:
+            raise ValueError(
+                "no norm statistics: calibrate() gives them, and tells which class is foreground"
+            )
+        if weights.in_channels != 1:
+            raise ValueError(
+                f"an encoder of one image channel is needed, these weights have {weights.in_channels}"
+            )
+        self.norm = norm
+        self.halo_voxels = halo_voxels
+        self.precision = resolve_precision(precision, device)
+        self.device = device
+        self.threads = threads
+        self._foreground = statistics.foreground_class
+        self._dtype = _DTYPES[self.precision]
+        encoder = weights.build_encoder()
+        if norm == "calibrated":
+            self._folded: FoldedEncoder | None = fold(encoder, statistics).to(device, self._dtype)
+        else:
+            self._folded = None
+            self._encoder = encoder.to(device)
+
+    def predict(self, patch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the foreground probability of the core.
+
+        Parameters
+        ----------
+        patch
+            float32 (z, y, x) in [0, 100], core plus halo on both sides, extents in multiples of 8, starting
+            at a multiple of 8 of the volume's voxels (else pooling falls elsewhere, and so does the result).
+
+        Returns
+        -------
+        float32 (z, y, x)
+            In [0, 1].
+
+        Raises
+        ------
+        ValueError
+            On a patch of a wrong shape or dtype.
+        """
+        core = self._core_shape(patch)
+        with _cpu_threads(self.threads), torch.inference_mode():
+            x = torch.from_numpy(np.ascontiguousarray(patch))[None, None]
+            if torch.device(self.device).type == "cuda":
+                x = x.pin_memory().to(self.device, non_blocking=True)
+            probability = (
+                self._window(x)
+                if self._folded is None
+                else _run(self._folded, x, self.halo_voxels, self._dtype)
+            )
+            result: NDArray[np.float32] = probability.cpu().numpy()
+        assert result.shape == core
+        return result
+
+    def _core_shape(self, patch: NDArray[np.float32]) -> Triple:
+        h = self.halo_voxels
+        if patch.dtype != np.float32 or patch.ndim != 3:
+            raise ValueError(f"expected a float32 patch (z, y, x), got {patch.dtype} of shape {patch.shape}")
+        core = (patch.shape[0] - 2 * h, patch.shape[1] - 2 * h, patch.shape[2] - 2 * h)
+        if any(n <= 0 or n % LATTICE for n in core):
+            raise ValueError(
+                f"expected core + 2 * {h} voxels, the core a multiple of {LATTICE}, got {patch.shape}: "
+                f"a core of {core}"
+            )
+        return core
+
+    def _window(self, x: Tensor) -> Tensor:
+        """Run the network as published: norms over the patch, softmax, then crop to the core."""
+        kind = torch.device(self.device).type
+        with torch.autocast(kind, torch.bfloat16, enabled=self._dtype is torch.bfloat16):
+            logits = self._encoder.logits(x)
+        probability = torch.softmax(logits.float(), dim=1)[:, self._foreground : self._foreground + 1]
+        return _crop(probability, self.halo_voxels)[0, 0].contiguous()
+
+
+@contextmanager
+def _cpu_threads(threads: int | None) -> Iterator[None]:
+    if threads is None:
+        yield
+        return
+    with _threads_lock:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        yield
+
+
+def _run(net: FoldedEncoder, x: Tensor, halo: int, dtype: torch.dtype) -> Tensor:
+    """Compute the core of a patch (1, 1, z, y, x); `margin` is the context beyond the core, per level."""
+    margin = min(halo, _FULL_IN)
+    x = _crop(x, halo - margin).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    x, margin = _widen(x, margin, max(_FULL_LEAST, margin))
+    full = _down(net.down[0], x)
+    half, margin_half = _pool(full, margin - 2, _HALF_IN)
+    full = _crop(full, margin - 4).clone(memory_format=torch.channels_last_3d)  # lets go of the rest
+
+    half, margin = _widen(half, margin_half, max(_LEAST, min(_HALF_IN, halo // 2 + 2)))
+    half = _down(net.down[1], half)
+    quarter, margin_quarter = _pool(half, margin - 2, _QUARTER_IN)
+    half = _crop(half, margin - 6).clone(memory_format=torch.channels_last_3d)
+
+    quarter, margin = _widen(quarter, margin_quarter, max(_LEAST, min(_QUARTER_IN, halo // 4 + 2)))
+    quarter = _down(net.down[2], quarter)
+    eighth, margin_eighth = _pool(quarter, margin - 2, _EIGHTH_IN)
+    quarter = _crop(quarter, margin - 6)
+
+    eighth, _ = _widen(eighth, margin_eighth, _EIGHTH_IN)
+    eighth = _down(net.down[3], eighth)
+
+    # Context beyond the core, of skip and coarse features, then of the result:
+    quarter = _up(net.up[0], quarter, eighth)  # 4 and 2 -> 2
+    half = _up(net.up[1], half, quarter)  # 4 and 2 -> 2
+    full = _up(net.up[2], full, _crop(half, 1))  # 2 and 1 -> 0
+
+    logits = functional.linear(full.permute(0, 2, 3, 4, 1)[0].float(), net.head_weight, net.head_bias)
+    if net.head_weight.shape[0] == 1:
+        return torch.sigmoid_(logits[..., 0])
+    return torch.softmax(logits, dim=-1)[..., 0].contiguous()
+
+
+def _convolve(x: Tensor, conv: Convolution) -> Tensor:
+    y = functional.conv3d(x, conv.weight, conv.bias)
+    if conv.upper is not None:
+        channels = (1, -1, 1, 1, 1)
+        low = torch.where(conv.upper, -torch.inf, 0.0).to(y.dtype).view(channels)
+        high = torch.where(conv.upper, 0.0, torch.inf).to(y.dtype).view(channels)
+        return torch.clamp_(y, low, high)
+    return y.relu_() if conv.relu else y
+
+
+def _down(block: tuple[Convolution, ...], x: Tensor) -> Tensor:
+    """Two 3x3x3 convolutions, among others of 1x1x1: 2 voxels less on each side."""
+    for conv in block:
+        x = _convolve(x, conv)
+    return x
+
+
+def _up(step: UpStep, skip: Tensor, coarse: Tensor) -> Tensor:
+    """Join finer and coarser features; 2 voxels less on each side than `skip`."""
+    x = _convolve(skip, step.skip)
+    y = _convolve(coarse, step.up)
+    channels, (z, y_, x_) = x.shape[1], y.shape[2:]
+    # Slots to voxels, as views: (z, 2, y, 2, x, 2, channel) of both.
+    fine = x.permute(0, 2, 3, 4, 1).view(z, 2, y_, 2, x_, 2, channels)
+    slots = y.permute(0, 2, 3, 4, 1).view(z, y_, x_, 2, 2, 2, channels)
+    fine += slots.permute(0, 3, 1, 4, 2, 5, 6)
+    return _convolve(x.relu_(), step.second)
+
+
+def _crop(x: Tensor, margin: int) -> Tensor:
+    """Cut `margin` voxels off each side."""
+    if margin == 0:
+        return x
+    inner = slice(margin, -margin)
+    return x[:, :, inner, inner, inner]
+
+
+def _pool(x: Tensor, margin: int, most: int) -> tuple[Tensor, int]:
+    """Halve the resolution, keeping at most `most` voxels of context; pooling starts on the lattice."""
+    kept = min(margin // 2, most)
+    return functional.max_pool3d(_crop(x, margin - 2 * kept), 2), kept
+
+
+def _widen(x: Tensor, margin: int, wanted: int) -> tuple[Tensor, int]:
+    """Repeat the outermost features until there are `wanted` voxels of context, or crop to them."""
+    if margin >= wanted:
+        return _crop(x, margin - wanted), wanted
+    wider = functional.pad(x, (wanted - margin,) * 6, mode="replicate")
+    return wider.contiguous(memory_format=torch.channels_last_3d), wanted
