@@ -23,7 +23,7 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec
 
-from braincensus.errors import InputError, OutputError, PlanError, explain
+from braincensus.errors import OutputError, PlanError, explain
 from braincensus.formats.readers import ZYX, Voxels, ZarrReader, open_zarr_array
 from braincensus_kernels.boxes import Triple
 
@@ -32,9 +32,9 @@ ReadPlanes = Callable[[int, int], Voxels]  # planes start:stop -> (stop - start,
 
 SCRATCH_VARIABLE = "BRAINCENSUS_SCRATCH"
 SLAB_BYTES = 512 * 2**20
+_SHARD_BYTES = 32 * 2**20  # several are in memory at once while they are compressed
 _MOST_PLANES = 64
 _CHUNK_YX = 256
-_SHARD_CHUNKS = 8
 _DONE = "planes-done"
 
 
@@ -130,7 +130,9 @@ def chunked_copy(
                 remedy="free some space, or give another scratch folder; the copy continues where it stopped",
             )
         ) from err
-    reader = ZarrReader(root=str(final.resolve()), array="", axes=ZYX, zarr_format=3, stamp=key)
+    reader = ZarrReader(
+        root=str(final.resolve()), array="", axes=ZYX, zarr_format=3, stamp=key, all_chunks=True
+    )
     return reader, chunks
 
 
@@ -139,27 +141,21 @@ def _layout(shape: Triple, dtype: np.dtype[Any]) -> tuple[int, Triple, Triple | 
     plane_bytes = shape[1] * shape[2] * dtype.itemsize
     slab = max(1, min(_MOST_PLANES, shape[0], SLAB_BYTES // plane_bytes))
     chunk = (slab, min(_CHUNK_YX, shape[1]), min(_CHUNK_YX, shape[2]))
-    across = [min(_SHARD_CHUNKS, -(-n // c)) for n, c in zip(shape[1:], chunk[1:], strict=True)]
-    if across == [1, 1]:
-        return slab, chunk, None
-    return slab, chunk, (slab, chunk[1] * across[0], chunk[2] * across[1])
+    grid = [-(-n // c) for n, c in zip(shape[1:], chunk[1:], strict=True)]
+    fit = max(1, _SHARD_BYTES // (prod(chunk) * dtype.itemsize))
+    x = min(grid[1], fit)
+    y = min(grid[0], max(1, fit // x))
+    return slab, chunk, (slab, chunk[1] * y, chunk[2] * x) if x * y > 1 else None
 
 
 def _copy(target: Path, *, done: int, slab: int, read_planes: ReadPlanes, progress: Progress | None) -> None:
-    array: Any = zarr.open_array(target, mode="r+", zarr_format=3)
+    array: Any = zarr.open_array(target, mode="r+", zarr_format=3, config={"write_empty_chunks": True})
     total = array.shape[0]
     for start in range(done, total, slab):
         stop = min(start + slab, total)
         planes = read_planes(start, stop)
-        if planes.shape != (stop - start, *array.shape[1:]):
-            raise InputError(
-                explain(
-                    f"planes {start} to {stop - 1} differ from the first plane",
-                    expected=f"shape {array.shape[1:]}",
-                    found=f"shape {planes.shape[1:]}",
-                )
-            )
         array[start:stop] = planes
+        del planes  # before the next slab is read
         mark = target / f"{_DONE}.new"
         mark.write_text(str(stop))
         mark.replace(target / _DONE)
@@ -182,7 +178,11 @@ def _is_complete(final: Path, shape: Triple, dtype: np.dtype[Any]) -> bool:
         array: Any = open_zarr_array(str(final), "", 3)
     except Exception:
         return False
-    return bool(array.shape == shape and array.dtype == dtype)
+    # Scratch disks are swept of old files one by one: count them.
+    stored = array.shards or array.chunks
+    files = prod(-(-n // c) for n, c in zip(shape, stored, strict=True))
+    there = sum(len(names) for _, _, names in os.walk(final / "c"))
+    return bool(array.shape == shape and array.dtype == dtype and there == files)
 
 
 def _check_room(folder: Path, n_bytes: int, final: Path) -> None:

@@ -197,6 +197,35 @@ class StrictStore(LocalStore):
         return _complete(super().get_sync(key, prototype=prototype, byte_range=byte_range), key, byte_range)
 
 
+class FullStore(StrictStore):
+    """A strict store in which an absent chunk is an error too: our own copies write every chunk."""
+
+    async def get(
+        self,
+        key: str,
+        prototype: BufferPrototype | None = None,
+        byte_range: ByteRequest | None = None,
+    ) -> Buffer | None:
+        """Read a file or part of it; an absent chunk raises FileNotFoundError."""
+        return _present(await super().get(key, prototype, byte_range), key)
+
+    def get_sync(
+        self,
+        key: str,
+        *,
+        prototype: BufferPrototype | None = None,
+        byte_range: ByteRequest | None = None,
+    ) -> Buffer | None:
+        """Read without the event loop, under the same rule."""
+        return _present(super().get_sync(key, prototype=prototype, byte_range=byte_range), key)
+
+
+def _present(data: Buffer | None, key: str) -> Buffer | None:
+    if data is None and key.startswith("c/"):
+        raise FileNotFoundError(f"{key} is missing")
+    return data
+
+
 def _complete(data: Buffer | None, key: str, byte_range: ByteRequest | None) -> Buffer | None:
     if data is None:
         return None
@@ -221,9 +250,10 @@ class ZarrReader(Reader):
     axes: Axes
     zarr_format: int
     stamp: str = ""  # changes when the store does, so that a stale handle is not reused
+    all_chunks: bool = False  # whether every chunk was written, so that an absent one is damage
 
     def _open(self) -> Any:
-        return open_zarr_array(self.root, self.array, self.zarr_format)
+        return open_zarr_array(self.root, self.array, self.zarr_format, all_chunks=self.all_chunks)
 
     def _read(self, box: Box) -> Voxels:
         return self.axes.take(self._handle(), box)
@@ -268,9 +298,9 @@ def _chunks_of(box: Box, chunk: Triple) -> list[Box]:
     return list(Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])).tiles(chunk))
 
 
-def open_zarr_array(root: str, array: str, zarr_format: int) -> Any:
+def open_zarr_array(root: str, array: str, zarr_format: int, *, all_chunks: bool = False) -> Any:
     """Open an array of a store on disk, read-only and strictly."""
-    store = StrictStore(root, read_only=True)
+    store = FullStore(root, read_only=True) if all_chunks else StrictStore(root, read_only=True)
     return zarr.open_array(store=store, path=array, mode="r", zarr_format=3 if zarr_format == 3 else 2)
 
 

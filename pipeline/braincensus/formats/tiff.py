@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ from braincensus.formats.checks import (
     is_voxel_size,
     um_per,
 )
-from braincensus.formats.convert import Progress, chunked_copy, scratch_folder
+from braincensus.formats.convert import Progress, ReadPlanes, chunked_copy, scratch_folder
 from braincensus.formats.ome_zarr import natural_key
 from braincensus.formats.readers import (
     FlatReader,
@@ -114,7 +114,7 @@ def open_tiff(
                 )
                 found = replace(found, reader=reader)
             else:
-                found = _converted(found, path, _page_reader(tif, pages, path), scratch, progress)
+                found = _converted(found, path, _page_reader(tif, pages, path, found), scratch, progress)
     return mesospim.add_sidecar(found, path, full_shape)
 
 
@@ -194,7 +194,7 @@ def open_planes(
         )
         found = replace(found, reader=reader)
     else:
-        found = _converted(found, folder, _file_reader(folder, names), scratch, progress)
+        found = _converted(found, folder, _file_reader(folder, names, found), scratch, progress)
     return mesospim.add_sidecar(found, folder, shape)
 
 
@@ -253,7 +253,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, list[Any]]]:
         log.removeHandler(listener)
 
 
-def _damaged(path: Path, found: str) -> InputError:
+def _damaged(path: str | Path, found: str) -> InputError:
     return InputError(
         explain(
             f"cannot read the TIFF file {path}",
@@ -479,7 +479,7 @@ def _gaps(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _converted(
-    found: Found, path: Path, read_planes: Any, scratch: Path | None, progress: Progress | None
+    found: Found, path: Path, read_planes: ReadPlanes, scratch: Path | None, progress: Progress | None
 ) -> Found:
     folder = scratch_folder(scratch, beside=path.parent)
     reader, chunks = chunked_copy(
@@ -495,37 +495,33 @@ def _converted(
     return replace(found, reader=reader, chunks=chunks, notes=(*found.notes, note))
 
 
-def _page_reader(tif: Any, pages: Sequence[Any], path: Path) -> Any:
+def _page_reader(tif: Any, pages: Sequence[Any], path: Path, found: Found) -> ReadPlanes:
     """Decode planes of one file, several at a time."""
     tif.filehandle.set_lock(True)
-
-    def decode(z: int) -> Voxels:
-        try:
-            plane = pages[z].asarray()
-        except Exception as err:
-            raise _damaged(path, f"plane {z}: {type(err).__name__}: {err}") from err
-        return np.asarray(plane)
-
-    return _stack_with(decode)
+    return _read_with(lambda z: pages[z].asarray(), found, lambda z: f"{path}, plane {z}")
 
 
-def _file_reader(folder: Path, names: Sequence[str]) -> Any:
+def _file_reader(folder: Path, names: Sequence[str], found: Found) -> ReadPlanes:
     """Decode planes that are one file each, several at a time."""
-
-    def decode(z: int) -> Voxels:
-        path = folder / names[z]
-        try:
-            return np.asarray(tifffile.imread(path))
-        except Exception as err:
-            raise _damaged(path, f"{type(err).__name__}: {err}") from err
-
-    return _stack_with(decode)
+    return _read_with(lambda z: tifffile.imread(folder / names[z]), found, lambda z: str(folder / names[z]))
 
 
-def _stack_with(decode: Any) -> Any:
+def _read_with(decode: Callable[[int], Any], found: Found, name: Callable[[int], str]) -> ReadPlanes:
     def read_planes(start: int, stop: int) -> Voxels:
+        slab = np.empty((stop - start, *found.shape[1:]), dtype=found.dtype)
+
+        def read(z: int) -> None:
+            try:
+                plane = decode(z)
+            except Exception as err:
+                raise _damaged(name(z), f"{type(err).__name__}: {err}") from err
+            if plane.shape != slab.shape[1:]:
+                raise _damaged(name(z), f"shape {plane.shape} where {slab.shape[1:]} is expected")
+            slab[z - start] = plane
+
         with ThreadPoolExecutor(_THREADS) as pool:
-            return np.stack(list(pool.map(decode, range(start, stop))))
+            list(pool.map(read, range(start, stop)))
+        return slab
 
     return read_planes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import tracemalloc
 from collections import namedtuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import tifffile
 import zarr
 
-from braincensus.errors import OutputError, PlanError
+from braincensus.errors import InputError, OutputError, PlanError
 from braincensus.formats import convert
 from braincensus.volume import open_volume
 
@@ -47,9 +48,9 @@ def test_planes_stream_in_slabs(tmp_path, voxels, compressed, slabs_of_4, monkey
     ("shape", "slab", "chunks", "shards"),
     [
         ((20, 50, 60), 20, (20, 50, 60), None),
-        ((3000, 6000, 6000), 7, (7, 256, 256), (7, 2048, 2048)),
-        ((3000, 300, 2000), 64, (64, 256, 256), (64, 512, 2048)),
-        ((3, 100_000, 100_000), 1, (1, 256, 256), (1, 2048, 2048)),
+        ((3000, 6000, 6000), 7, (7, 256, 256), (7, 256, 6144)),
+        ((3000, 300, 2000), 64, (64, 256, 256), (64, 256, 1024)),
+        ((3, 100_000, 100_000), 1, (1, 256, 256), (1, 256, 65536)),
     ],
 )
 def test_layout_bounds_memory_and_files(shape, slab, chunks, shards):
@@ -111,6 +112,33 @@ def test_several_processes_make_one_copy(tmp_path, voxels, compressed):
         results = pool.starmap(_open, [(compressed, tmp_path / "s")] * 4)
     assert set(results) == {(results[0][0], int(voxels().sum(dtype=np.int64)))}
     assert len(list((tmp_path / "s").glob("*.zarr"))) == 1
+
+
+def test_a_copy_that_lost_a_chunk_is_an_error_and_is_made_again(tmp_path, voxels):
+    data = voxels((6, 300, 300))
+    data[:, :256, :256] = 0  # as the fill value: written all the same
+    tifffile.imwrite(tmp_path / "a.tif", data, compression="zlib", metadata=None)
+    volume = open_volume(tmp_path / "a.tif", voxel_size_um=1, scratch=tmp_path / "s")
+    np.testing.assert_array_equal(volume.read(volume.box), data)
+    (tmp_path / "s" / volume.reader.root / "c" / "0" / "0" / "0").unlink()
+    with pytest.raises(InputError, match="c/0/0/0 is missing"):
+        volume.read(volume.box)
+    again = open_volume(tmp_path / "a.tif", voxel_size_um=1, scratch=tmp_path / "s")
+    np.testing.assert_array_equal(again.read(again.box), data)
+
+
+def test_memory_follows_the_slab_not_the_stack(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "SLAB_BYTES", 4 * 512 * 512 * 2)
+    peaks = []
+    for planes in (16, 16, 64):  # the first one warms caches up
+        path = tmp_path / f"{len(peaks)}.tif"
+        tifffile.imwrite(path, np.ones((planes, 512, 512), np.uint16), compression="zlib", metadata=None)
+        tracemalloc.start()
+        open_volume(path, voxel_size_um=1, scratch=tmp_path / "s")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.25 * peaks[1]
+    assert peaks[2] < 64 * 512 * 512 * 2 / 2
 
 
 def test_where_copies_go(tmp_path, compressed, monkeypatch):
