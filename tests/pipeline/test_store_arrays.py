@@ -165,13 +165,16 @@ def damaged(good: bytes) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("shard", [SHARD, None])
-def test_damage_is_found_and_its_file_named(output, shard):
+@pytest.mark.parametrize(
+    ("position", "beside"),
+    [("0/0/0", Box((16, 32, 64), (20, 50, 70))), ("1/1/1", Box((0, 0, 0), (4, 32, 16)))],
+)
+def test_damage_is_found_and_its_file_named(output, shard, position, beside):
     values = some_voxels()
     output.create_array("a", shape=SHAPE, dtype="uint16", chunk=CHUNK, shard=shard)
     output.write_block("a", Box.whole(SHAPE), values)
-    file = output.path / "a" / "c" / "1" / "1" / "1"
+    file = output.path / "a" / "c" / position
     good = file.read_bytes()
-    beside = Box((0, 0, 0), (4, 32, 16))
     for what, bad in damaged(good).items():
         file.write_bytes(bad)
         with pytest.raises(OutputError) as caught:
