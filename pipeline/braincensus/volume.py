@@ -23,6 +23,7 @@ from braincensus.formats.convert import Progress
 from braincensus.formats.readers import Found, Reader, TripleFloat, Voxels
 from braincensus_kernels.boxes import Box, Triple
 
+_USUAL_UM = (0.01, 1000.0)  # beyond these, a unit was probably mistaken
 _SUPPORTED = "OME-Zarr or zarr (a folder), TIFF (.tif .tiff .btf .tf2 .tf8), a folder of TIFF planes, or .npy"
 _NOT_SUPPORTED = {
     ".json": "a metadata file; give the folder that it is in",
@@ -191,6 +192,8 @@ def open_volume(
     notes = found.notes
     if found.dtype == np.uint8 and np.dtype(found.identity["dtype"]) == np.bool_:
         notes += ("boolean voxels, read as 0 and 1",)
+    if not all(_USUAL_UM[0] <= v <= _USUAL_UM[1] for v in size):
+        notes += (f"a voxel of {', '.join(f'{v:g}' for v in size)} um is unusual: check its unit",)
     return Volume(
         source=name,
         format=found.format,

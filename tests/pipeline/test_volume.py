@@ -85,6 +85,11 @@ def test_good_voxel_sizes(npy, size):
     assert all(type(v) is float for v in volume.voxel_size_um)
 
 
+@pytest.mark.parametrize(("size", "unusual"), [(5, False), (5e-9, True), ((5000, 2000, 2000), True)])
+def test_a_mistaken_unit_is_mentioned(npy, size, unusual):
+    assert any("check its unit" in note for note in open_volume(npy, voxel_size_um=size).notes) == unusual
+
+
 @pytest.mark.parametrize("given", [{"channel": -1}, {"level": 1.5}, {"timepoint": True}, {"channel": "red"}])
 def test_selections_are_numbers_from_0(npy, given):
     with pytest.raises(ConfigError, match="a number from 0"):

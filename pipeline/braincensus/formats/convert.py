@@ -149,7 +149,8 @@ def _layout(shape: Triple, dtype: np.dtype[Any]) -> tuple[int, Triple, Triple | 
 
 
 def _copy(target: Path, *, done: int, slab: int, read_planes: ReadPlanes, progress: Progress | None) -> None:
-    array: Any = zarr.open_array(target, mode="r+", zarr_format=3, config={"write_empty_chunks": True})
+    array: Any = zarr.open_array(target, mode="r+", zarr_format=3)
+    array = array.with_config({"write_empty_chunks": True})  # so that an absent chunk is a lost one
     total = array.shape[0]
     for start in range(done, total, slab):
         stop = min(start + slab, total)

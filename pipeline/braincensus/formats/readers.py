@@ -283,8 +283,10 @@ class ZarrReader(Reader):
             explain(
                 problem + chunk_file,
                 found=f"{type(found).__name__}: {found}",
-                cause="a file that was cut short or damaged while it was written or copied",
-                remedy="copy that file again from the original, or delete it to read its voxels as empty",
+                cause="a file that was lost, cut short or damaged while it was written or copied",
+                remedy=f"delete {self.root}; it is a copy and will be made again"
+                if self.all_chunks
+                else "copy that file again from the original, or delete it to read its voxels as empty",
             )
         )
 

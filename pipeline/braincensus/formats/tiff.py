@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -66,6 +66,7 @@ def open_tiff(
     """
     with _opened(path) as (tif, images):
         series, number, notes = _the_series(images, path, level)
+        _check_all_here(tif, number, images[number], path)
         names, axes_notes = _axis_names(series)
         dtype = series.dtype.newbyteorder(tif.byteorder)
         check_volume(series.shape, series.dtype, what=str(path))
@@ -542,10 +543,37 @@ def _metadata_of(tif: Any, number: int) -> tuple[str, VoxelSize | None, str]:
     return kind, None, "a TIFF without OME or ImageJ metadata"
 
 
-def _from_ome(xml: str, image: int) -> tuple[VoxelSize | None, str]:
+def _ome_pixels(xml: str, image: int) -> Mapping[str, str]:
+    """Return the attributes of an image's Pixels element; empty if there is none."""
     try:
         pixels = [e for e in ElementTree.fromstring(xml).iter() if e.tag.rpartition("}")[2] == "Pixels"]
-        attributes = pixels[min(image, len(pixels) - 1)].attrib
+    except ElementTree.ParseError:
+        return {}
+    return pixels[min(image, len(pixels) - 1)].attrib if pixels else {}
+
+
+def _check_all_here(tif: Any, number: int, image: Any, path: Path) -> None:
+    """Refuse a file that holds only some of the planes that its OME metadata describes."""
+    described = _ome_pixels(tif.ome_metadata, number) if tif.is_ome else {}
+    sizes = [described.get(f"Size{axis}", "") for axis in "ZCT"]
+    if not all(size.isdigit() for size in sizes):
+        return
+    claimed, here = prod(int(size) for size in sizes), prod(image.shape[:-2])
+    if here < claimed:
+        raise InputError(
+            explain(
+                f"{path} holds only part of an image",
+                expected=f"the {claimed} planes that its OME metadata describes",
+                found=f"{here} planes",
+                cause="an image spread over several files, or an interrupted acquisition",
+                remedy="merge the files, or give the folder if each file holds one plane",
+            )
+        )
+
+
+def _from_ome(xml: str, image: int) -> tuple[VoxelSize | None, str]:
+    attributes = _ome_pixels(xml, image)
+    try:
         sizes = [
             float(attributes[f"PhysicalSize{a}"])
             * (um_per(attributes.get(f"PhysicalSize{a}Unit", "µm")) or np.nan)
@@ -553,7 +581,7 @@ def _from_ome(xml: str, image: int) -> tuple[VoxelSize | None, str]:
         ]
     except KeyError as err:
         return None, f"OME metadata without {err.args[0]}"
-    except (ElementTree.ParseError, ValueError, IndexError) as err:
+    except ValueError as err:
         return None, f"OME metadata that cannot be read ({err})"
     if not is_voxel_size(sizes):
         return None, "OME metadata with sizes or units that are not lengths"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -414,12 +415,23 @@ def test_several_stacks_in_one_file_are_listed(tmp_path, voxels):
 
 
 def test_an_image_spread_over_files_is_refused(tmp_path, voxels):
-    path = tmp_path / "a.ome.tif"
-    tifffile.imwrite(path, voxels(), ome=True, metadata={"axes": "ZYX"})
-    xml = tifffile.tiffcomment(path).replace('SizeZ="20"', 'SizeZ="40"')
-    tifffile.tiffcomment(path, xml)
-    with pytest.raises(InputError, match=r"a\.ome\.tif"):
-        open_volume(path, voxel_size_um=1)
+    # Both files are there; the first describes planes of the second as its own.
+    parts = [tmp_path / "a.ome.tif", tmp_path / "b.ome.tif"]
+    for path in parts:
+        tifffile.imwrite(path, voxels(), ome=True, metadata={"axes": "ZYX"})
+    xml = re.sub(r"<TiffData.*?/>|<TiffData.*?</TiffData>", "", tifffile.tiffcomment(parts[0]))
+    data = "".join(
+        f'<TiffData FirstZ="{20 * i}" PlaneCount="20">'
+        f'<UUID FileName="{path.name}">urn:uuid:{i}</UUID></TiffData>'
+        for i, path in enumerate(parts)
+    )
+    xml = xml.replace('SizeZ="20"', 'SizeZ="40"').replace("</Pixels>", f"{data}</Pixels>")
+    assert 'SizeZ="40"' in xml
+    assert data in xml
+    for path in parts:
+        tifffile.tiffcomment(path, xml.encode())
+    with pytest.raises(InputError, match=r"a\.ome\.tif holds only part(.|\n)*40 planes(.|\n)*20 planes"):
+        open_volume(parts[0], voxel_size_um=1)
 
 
 @pytest.mark.parametrize("given", [{"channel": 1}, {"timepoint": 1}, {"level": 1}])
