@@ -53,7 +53,7 @@ class InputSelection(_Section):
 
 
 class Intensity(_Section):
-    """The fixed intensity range of the whole volume, measured over tissue."""
+    """Intensity as every model sees it: flat tissue, one fixed range for the whole volume."""
 
     low_percentile: Percentile = Field(1.0, description="percentile of tissue that maps to 0")
     high_percentile: Percentile = Field(
@@ -63,6 +63,11 @@ class Intensity(_Section):
         "auto",
         description="tiles of 8x8x8 voxels whose median is below this are background, not tissue; "
         "auto: found from the histogram of tile medians, if it has two separate modes",
+    )
+    background_um: PositiveFloat | None = Field(
+        100.0,
+        description="intensity is divided by the local background of tissue, smooth over this scale (um), so that "
+        "shading and bright or dark regions do not count; null: leave it as it is",
     )
 
 
@@ -92,12 +97,9 @@ class WNet3DForeground(_Section):
 
 
 class IntensityForeground(_Section):
-    """Foreground from intensity alone: background-corrected and range-mapped; no network."""
+    """Foreground from intensity alone: contrast to the local background, range-mapped; no network."""
 
     model: Literal["intensity"] = "intensity"
-    background_um: PositiveFloat = Field(
-        100.0, description="scale over which the local background is smooth, um"
-    )
 
 
 Foreground = Annotated[WNet3DForeground | IntensityForeground, Field(discriminator="model")]

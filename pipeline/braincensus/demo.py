@@ -18,7 +18,7 @@ from braincensus_kernels.metrics import Match, match_centroids
 from braincensus_kernels.phantom import Phantom
 
 SHAPE = (160, 224, 224)
-N_CELLS = 3000
+N_CELLS = 1500
 SEED = 2026
 MATCH_UM = 10.0
 """A detected and a true cell may match if their centroids are this close: about a cell's radius."""

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from braincensus_kernels.faces import face_beliefs
 
 from braincensus.blocks import Block, BlockGrid
 from braincensus.planning import Plan
@@ -28,6 +27,7 @@ from braincensus.store import Output, chunk_and_shard
 from braincensus.tasks import Context
 from braincensus.volume import Volume
 from braincensus_kernels.boxes import Box
+from braincensus_kernels.faces import face_beliefs
 from braincensus_kernels.intensity import IntensityScale
 from braincensus_kernels.measure import measure_labels
 from braincensus_kernels.seeds import SeedRule

@@ -11,12 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from braincensus_kernels.background import (
-    background_reach_tiles,
-    foreground_from_intensity,
-    local_background,
-)
-from braincensus_kernels.models.predict import Predictor
 
 from braincensus.blocks import BlockGrid
 from braincensus.config import IntensityForeground, WNet3DForeground
@@ -27,9 +21,15 @@ from braincensus.store import Output, chunk_and_shard
 from braincensus.tasks import Context
 from braincensus.volume import Volume
 from braincensus.worker import device_slot, keep
+from braincensus_kernels.background import (
+    background_reach_tiles,
+    foreground_from_intensity,
+    local_background,
+)
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.models.calibrate import NormStatistics, calibrate
 from braincensus_kernels.models.checkpoints import Weights, load_weights
+from braincensus_kernels.models.predict import Predictor
 
 PROBABILITY = "0"
 PROBABILITY_TOP = 65535
@@ -47,6 +47,7 @@ class _Segment:
     segmentation: Segmentation
     intensity: IntensityRange
     foreground: WNet3DForeground | IntensityForeground
+    background_um: float | None
     weights_source: str
     weights_sha256: str
     device: str
@@ -64,6 +65,7 @@ def run(context: Context, intensity: IntensityRange, weights: Weights | None) ->
         segmentation=plan.segmentation,
         intensity=replace(intensity, windows=()),
         foreground=foreground,
+        background_um=plan.config.intensity.background_um,
         weights_source=weights.source if weights else "",
         weights_sha256=weights.sha256 if weights else "",
         device=plan.resources.device,
@@ -184,24 +186,25 @@ def _weights(spec: _Segment) -> Weights:
 
 def _network_input(spec: _Segment, box: Box) -> np.ndarray:
     """Read `box`, which may leave the volume (mirrored there), as float32 in [0, 100]."""
-    values, index = _read_mirrored(spec.volume, box)
-    low, high = np.float32(spec.intensity.low), np.float32(spec.intensity.high)
-    scaled = spec.intensity.scale.quantise(values).astype(np.float32)
+    inside, index = _mirrored_box(box, spec.volume.shape)
+    intensity = spec.intensity
+    low, high = np.float32(intensity.low), np.float32(intensity.high)
+    scaled = intensity.scale.quantise(spec.volume.read(inside)).astype(np.float32)
+    if spec.background_um is not None:
+        scaled *= np.float32(intensity.median) / np.maximum(_background(spec, inside), _floor(intensity))
     np.clip(scaled, low, high, out=scaled)
     scaled -= low
     scaled *= _INPUT_TOP / (high - low)
     return np.ascontiguousarray(scaled[np.ix_(*index)])
 
 
-def _read_mirrored(volume: Volume, box: Box) -> tuple[np.ndarray, list[np.ndarray]]:
+def _mirrored_box(box: Box, shape: Triple) -> tuple[Box, list[np.ndarray]]:
     """Return the voxels that `box` needs and, for each axis, which of them to take (mirrored outside)."""
-    positions = [
-        _mirrored(np.arange(a, b), n) for a, b, n in zip(box.start, box.stop, volume.shape, strict=True)
-    ]
+    positions = [_mirrored(np.arange(a, b), n) for a, b, n in zip(box.start, box.stop, shape, strict=True)]
     start = [int(p.min()) for p in positions]
     stop = [int(p.max()) + 1 for p in positions]
-    values = volume.read(Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])))
-    return values, [p - s for p, s in zip(positions, start, strict=True)]
+    inside = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
+    return inside, [p - s for p, s in zip(positions, start, strict=True)]
 
 
 def _mirrored(position: np.ndarray, extent: int) -> np.ndarray:
@@ -215,27 +218,37 @@ def _mirrored(position: np.ndarray, extent: int) -> np.ndarray:
 
 
 def _intensity_foreground(spec: _Segment, core: Box) -> np.ndarray:
-    assert isinstance(spec.foreground, IntensityForeground)
     intensity = spec.intensity
-    size = spec.volume.voxel_size_um
-    sigma = tuple(spec.foreground.background_um / (LATTICE * s) for s in size)
-    sigma_tiles = (sigma[0], sigma[1], sigma[2])
-    margin = background_reach_tiles(sigma_tiles)
-    tiles = tiles_of(core).dilate(margin).clip(tiles_of(spec.volume.box).shape)
-    background = local_background(
-        spec.output.read_block(TILE_MEDIAN, tiles),
-        tiles=tiles,
-        box=core,
-        volume_shape=spec.volume.shape,
-        sigma_tiles=sigma_tiles,
-        tissue_threshold=intensity.tissue.threshold,
-        floor=intensity.median,
-    )
-    values = intensity.scale.quantise(spec.volume.read(core)).astype(np.float32)
+    if spec.background_um is None:
+        background = np.full(core.shape, intensity.median, dtype=np.float32)
+    else:
+        background = _background(spec, core)
     return foreground_from_intensity(
-        values,
+        intensity.scale.quantise(spec.volume.read(core)).astype(np.float32),
         background,
-        floor=max(intensity.tissue_threshold, intensity.low, 1.0),
+        floor=_floor(intensity),
         median=intensity.median,
         high=intensity.high,
     )
+
+
+def _background(spec: _Segment, box: Box) -> np.ndarray:
+    """Local background of tissue at every voxel of `box`, from the tile medians of the first stage."""
+    assert spec.background_um is not None
+    z, y, x = (spec.background_um / (LATTICE * size) for size in spec.volume.voxel_size_um)
+    margin = background_reach_tiles((z, y, x))
+    tiles = tiles_of(box).dilate(margin).clip(tiles_of(spec.volume.box).shape)
+    return local_background(
+        spec.output.read_block(TILE_MEDIAN, tiles),
+        tiles=tiles,
+        box=box,
+        volume_shape=spec.volume.shape,
+        sigma_tiles=(z, y, x),
+        tissue_threshold=spec.intensity.tissue.threshold,
+        floor=spec.intensity.median,
+    )
+
+
+def _floor(intensity: IntensityRange) -> float:
+    """Return the least background to divide by: what tissue at its darkest may have."""
+    return max(intensity.tissue_threshold, intensity.low, 1.0)

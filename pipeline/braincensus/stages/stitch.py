@@ -16,7 +16,6 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from braincensus_kernels.faces import FaceAudit, compare_faces, resolve_disagreements
 
 from braincensus.blocks import Block, BlockGrid
 from braincensus.config import Filters
@@ -24,6 +23,7 @@ from braincensus.stages.label import BlockSummary, faces_name, owned_by, partial
 from braincensus.store import Output
 from braincensus.tasks import Context
 from braincensus_kernels.boxes import Triple
+from braincensus_kernels.faces import FaceAudit, compare_faces, resolve_disagreements
 from braincensus_kernels.measure import merge_partials
 from braincensus_kernels.union_find import connected
 
