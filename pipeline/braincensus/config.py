@@ -66,8 +66,8 @@ class Intensity(_Section):
     )
     background_um: PositiveFloat | None = Field(
         100.0,
-        description="intensity is divided by the local background of tissue, smooth over this scale (um), so that "
-        "shading and bright or dark regions do not count; null: leave it as it is",
+        description="intensity is divided by the local background of tissue, smooth over this scale, "
+        "so that shading and bright or dark regions do not count; null: leave it as it is",
     )
 
 

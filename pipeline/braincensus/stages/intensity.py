@@ -225,7 +225,7 @@ def _refuse_constant(extrema: list[tuple[float, float]], volume: Volume) -> None
             explain(
                 f"{volume.source}: every voxel is {lowest:g}",
                 expected="a volume with structure in it",
-                cause="the wrong --channel, --timepoint or --level, or a store whose chunks were never written",
+                cause="the wrong --channel or --level, or a store whose chunks were never written",
                 remedy="look at the volume in a viewer; choose another channel or level",
             )
         )

@@ -145,10 +145,10 @@ def _label_block(spec: _Label, number: int) -> BlockSummary:
 def _label_with_enough_halo(spec: _Label, block: Block) -> tuple[BlockLabels, int]:
     """Label a block, reading more around it while a flat maximum leaves what was read."""
     for halo, outer in _halos(block, spec.grid, spec.most_outer_voxels):
-        found = _label(spec, outer, block.core)
+        found, widest = _label(spec, outer, block.core), max(halo)
         if found.complete:
             break
-    return found, max(halo)
+    return found, widest
 
 
 def _label(spec: _Label, outer: Box, core: Box) -> BlockLabels:

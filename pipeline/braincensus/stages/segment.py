@@ -26,7 +26,7 @@ from braincensus_kernels.background import (
     foreground_from_intensity,
     local_background,
 )
-from braincensus_kernels.boxes import Box
+from braincensus_kernels.boxes import Box, Triple
 from braincensus_kernels.models.calibrate import NormStatistics, calibrate
 from braincensus_kernels.models.checkpoints import Weights, load_weights
 from braincensus_kernels.models.predict import Predictor
