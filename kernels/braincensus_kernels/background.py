@@ -14,26 +14,28 @@ from typing import Any
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+from scipy.ndimage import minimum_filter
 
 from braincensus_kernels.boxes import Box, Triple
 from braincensus_kernels.intensity import LATTICE
 
 _TRUNCATE = 3.0
 _CENTRE = (LATTICE - 1) / 2
+_SURFACE_WEIGHT = 1e-3  # of a tile of tissue beside one that is not
 
 
 def background_reach_tiles(sigma_tiles: float | tuple[float, float, float]) -> Triple:
     """Tiles around those of a block that `local_background` looks at, per axis.
 
-    Three sigma of the kernel, and one for the interpolation.
+    Three sigma of the kernel, one for the interpolation, and one to see which tiles lie at the surface.
 
     Examples
     --------
     >>> background_reach_tiles((2.5, 2.4, 0))
-    (9, 9, 1)
+    (10, 10, 2)
     """
     z, y, x = _radii(sigma_tiles)
-    return z + 1, y + 1, x + 1
+    return z + 2, y + 2, x + 2
 
 
 def _sigmas(sigma_tiles: float | tuple[float, float, float]) -> tuple[float, float, float]:
@@ -61,7 +63,8 @@ def local_background(
     """Smooth background of every voxel of a box.
 
     1. Tiles that are not tissue carry no weight: normalised convolution with a Gaussian, so that the
-       dark outside does not pull the background down at the surface of the tissue.
+       dark outside does not pull the background down at the surface of the tissue. Nor do tiles at
+       that surface, which may be half dark: they count for next to nothing while any other is in reach.
     2. Between tile centres the result is interpolated linearly along each axis, and beyond the
        outermost centres it is kept. A partial tile at the far border has the centre of a full one.
 
@@ -109,7 +112,7 @@ def local_background(
         stops.append(int(above[axis][-1]) + 1)
     nodes = Box((starts[0], starts[1], starts[2]), (stops[0], stops[1], stops[2]))
     reach = nodes.dilate(radii)
-    held = reach.intersect(Box.whole((grid[0], grid[1], grid[2])))
+    held = reach.dilate(1).intersect(Box.whole((grid[0], grid[1], grid[2])))
     if not tiles.contains(held):
         raise ValueError(
             f"the background of {box} needs the medians of tiles {held}, got only those of {tiles}"
@@ -119,10 +122,14 @@ def local_background(
     tissue = np.isfinite(median)
     if tissue_threshold is not None:
         tissue &= np.where(tissue, median, -np.inf) >= tissue_threshold
+    # beyond what is held there is the volume's border, which is no surface, or what no weight depends on
+    inner = minimum_filter(tissue, size=3, mode="constant", cval=True)
+    weights = np.where(inner, 1.0, np.where(tissue, _SURFACE_WEIGHT, 0.0))
     weighted, weight = np.zeros(reach.shape), np.zeros(reach.shape)
     # outside of the volume both are 0, and adding 0 changes no bit
-    weighted[held.slices_in(reach)] = np.where(tissue, median, 0.0)
-    weight[held.slices_in(reach)] = tissue
+    seen = held.intersect(reach)
+    weighted[seen.slices_in(reach)] = (weights * np.where(tissue, median, 0.0))[seen.slices_in(held)]
+    weight[seen.slices_in(reach)] = weights[seen.slices_in(held)]
     for axis, (sigma, radius) in enumerate(zip(_sigmas(sigma_tiles), radii, strict=True)):
         kernel = _gaussian(sigma, radius)
         weighted, weight = _correlate(weighted, kernel, axis), _correlate(weight, kernel, axis)
