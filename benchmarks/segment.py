@@ -123,7 +123,7 @@ def whole(predictor: Predictor, volume: NDArray[np.float32], core: int) -> NDArr
 def rate(
     compute: Callable[[], NDArray[np.float32]], volume: NDArray[np.float32]
 ) -> tuple[float, NDArray[np.float32]]:
-    """Voxels per second of one pass over the whole volume; the device's first use is not counted."""
+    """Voxels per second of one pass over the whole volume."""
     started = time.perf_counter()
     result = compute()
     return volume.size / (time.perf_counter() - started), result

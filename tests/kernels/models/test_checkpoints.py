@@ -115,7 +115,7 @@ def test_damaged_or_wrong_files(state: dict[str, torch.Tensor], tmp_path: Path) 
     with pytest.raises(FileNotFoundError, match="no weights at"):
         load_weights(tmp_path / "absent.safetensors")
     (tmp_path / "weights.onnx").write_bytes(b"x")
-    with pytest.raises(ValueError, match="expected .safetensors, .pth or .pt"):
+    with pytest.raises(ValueError, match=r"expected \.safetensors, \.pth or \.pt"):
         load_weights(tmp_path / "weights.onnx")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="expected a state dict"):
@@ -127,11 +127,11 @@ def test_values_that_are_not_finite_are_neither_written_nor_read(
 ) -> None:
     bad = dict(encoder_of(state))
     bad["bot.module.0.bias"] = torch.full_like(bad["bot.module.0.bias"], torch.nan)
-    with pytest.raises(ValueError, match="not finite in bot.module.0.bias"):
+    with pytest.raises(ValueError, match=r"not finite in bot\.module\.0\.bias"):
         save_weights(tmp_path / "bad.safetensors", bad, {})
     assert not list(tmp_path.iterdir())
     save_file(bad, tmp_path / "bad.safetensors")
-    with pytest.raises(ValueError, match="not finite in bot.module.0.bias"):
+    with pytest.raises(ValueError, match=r"not finite in bot\.module\.0\.bias"):
         load_weights(tmp_path / "bad.safetensors")
 
 
