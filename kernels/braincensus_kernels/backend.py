@@ -45,6 +45,15 @@ def to_numpy(array: Any) -> np.ndarray[Any, Any]:
     return host
 
 
+def to_device(array: np.ndarray[Any, Any], device: str) -> Any:
+    """Move an array to where it is computed on: CuPy on ``cuda``, as it is on ``cpu``."""
+    if device != "cuda":
+        return array
+    import cupy
+
+    return cupy.asarray(array)
+
+
 def cuda_available() -> bool:
     """Whether CuPy is installed and sees a GPU that it can use.
 

@@ -169,13 +169,22 @@ def plan(
 
 
 @app.command()
-def info(output: Output) -> None:
-    """Say what a finished output holds: cells, density, seams, timings."""
+def info(
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="what `run` wrote", show_default=False)],
+    picture: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="draw the cells over the volume, and the density map")
+    ] = None,
+) -> None:
+    """Say what a finished output holds: cells, density, seams, timings; draw it if asked."""
     with _explaining():
         from braincensus import open_result
         from braincensus.report.console import result_table
 
         result = open_result(output)
+        if picture is not None:
+            from braincensus.report.picture import draw_result
+
+            draw_result(picture, result)
         _out.print(result_table(result))
         about = result.provenance
         _out.print(f"input     {about['input']['source']}", highlight=False)

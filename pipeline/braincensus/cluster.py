@@ -81,7 +81,7 @@ def connect(compute: Compute, resources: Resources | None) -> Iterator[tuple[Cli
     """
     if compute.cluster != "local":
         try:
-            client = Client(compute.cluster, timeout=20)
+            client = Client(compute.cluster, timeout=10)
         except (OSError, TimeoutError, ValueError) as err:
             raise ConfigError(
                 explain(

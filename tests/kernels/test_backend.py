@@ -78,3 +78,8 @@ def test_only_the_backend_imports_cupy():
             if any(name.split(".")[0] in ("cupy", "cupyx", "cucim") for name in names):
                 importers.add(path.name)
     assert importers == {"backend.py"}
+
+
+def test_to_device_leaves_arrays_of_the_cpu_alone():
+    array = np.zeros(3)
+    assert backend.to_device(array, "cpu") is array

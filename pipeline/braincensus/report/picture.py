@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from braincensus.errors import ConfigError
+from braincensus.errors import ConfigError, InputError, OutputError
+from braincensus.result import Result
 from braincensus.store.files import write_whole
 from braincensus.volume import Volume, open_volume
 from braincensus_kernels.metrics import Match
@@ -175,6 +176,43 @@ def draw_census(
     if match is not None:
         _draw_legend(figure, groups)
     write_whole(Path(path), lambda file: canvas.print_png(file), durable=False)
+
+
+def draw_result(path: str | Path, result: Result) -> None:
+    """Draw a finished census over its input; over its foreground probability if the input is gone.
+
+    Parameters
+    ----------
+    path
+        Of the PNG; replaced if it exists.
+    result
+        What to draw.
+
+    Raises
+    ------
+    InputError, OutputError
+        As `draw_census`.
+    """
+    about = result.provenance
+    chosen = about["config"]["input"]
+    try:
+        image = open_volume(
+            about["input"]["source"],
+            channel=chosen["channel"],
+            timepoint=chosen["timepoint"],
+            level=chosen["level"],
+            voxel_size_um=chosen["voxel_size_um"],
+        )
+    except (InputError, ConfigError, OutputError):
+        image = _opened(result.path)
+    draw_census(
+        path,
+        image=image,
+        cells=result.cells.to_arrow(columns=["y_um", "x_um", "equivalent_diameter_um"]),
+        density=np.asarray(result.density[:]),
+        density_bin_um=tuple(about["config"]["density"]["bin_um"]),
+        title=Path(about["input"]["source"]).name,
+    )
 
 
 def _opened(image: str | Path | Volume) -> Volume:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from braincensus.stages.threshold import read_foreground
 from braincensus.store import Output, chunk_and_shard
 from braincensus.tasks import Context
 from braincensus.volume import Volume
+from braincensus_kernels.backend import to_device, to_numpy
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.faces import face_beliefs
 from braincensus_kernels.intensity import IntensityScale
@@ -72,6 +73,7 @@ class _Label:
     threshold: float
     max_steps: int
     most_outer_voxels: int
+    device: str
 
 
 def partial_name(number: int) -> str:
@@ -104,6 +106,7 @@ def run(context: Context, *, scale: IntensityScale, threshold: float) -> list[Bl
         threshold=threshold,
         max_steps=plan.max_steps,
         most_outer_voxels=plan.most_outer_voxels,
+        device=plan.resources.device,
     )
     with context.stage("label", plan.voxels):
         results = context.map(
@@ -152,8 +155,8 @@ def _label_with_enough_halo(spec: _Label, block: Block) -> tuple[BlockLabels, in
 
 
 def _label(spec: _Label, outer: Box, core: Box) -> BlockLabels:
-    return label_block(
-        read_foreground(spec.output, outer, spec.floor),
+    found = label_block(
+        to_device(read_foreground(spec.output, outer, spec.floor), spec.device),
         outer=outer,
         core=core,
         volume_shape=spec.grid.volume_shape,
@@ -163,6 +166,7 @@ def _label(spec: _Label, outer: Box, core: Box) -> BlockLabels:
         seeds=spec.seeds,
         max_steps=spec.max_steps,
     )
+    return replace(found, labels=to_numpy(found.labels))
 
 
 def _halos(block: Block, grid: BlockGrid, most_voxels: int) -> Iterator[tuple[tuple[int, int, int], Box]]:
