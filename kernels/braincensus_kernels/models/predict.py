@@ -249,8 +249,8 @@ def _cpu_threads(threads: int | None) -> Iterator[None]:
 def _run(net: FoldedEncoder, x: Tensor, halo: int, dtype: torch.dtype) -> Tensor:
     """Compute the core of a patch (1, 1, z, y, x); `margin` is the context beyond the core, per level."""
     margin = min(halo, _FULL_IN)
-    x = _crop(x, halo - margin).to(dtype).contiguous(memory_format=torch.channels_last_3d)
-    x, margin = _widen(x, margin, max(_FULL_LEAST, margin))
+    x, margin = _widen(_crop(x, halo - margin).to(dtype), margin, max(_FULL_LEAST, margin))
+    x = _channels_last(x)
     full = _down(net.down[0], x)
     half, margin_half = _pool(full, margin - 2, _HALF_IN)
     full = _crop(full, margin - 4).clone(memory_format=torch.channels_last_3d)  # lets go of the rest
@@ -277,6 +277,13 @@ def _run(net: FoldedEncoder, x: Tensor, halo: int, dtype: torch.dtype) -> Tensor
     if net.head_weight.shape[0] == 1:
         return torch.sigmoid_(logits[..., 0])
     return torch.softmax(logits, dim=-1)[..., 0].contiguous()
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Lay out one channel as channels-last: the same memory, but the strides must say so to be followed."""
+    x = x.contiguous()
+    z, y, x_ = x.shape[2:]
+    return x.as_strided(x.shape, (z * y * x_, 1, y * x_, x_, 1))
 
 
 def _convolve(x: Tensor, conv: Convolution) -> Tensor:

@@ -65,8 +65,8 @@ def test_a_clean_cut_costs_nothing_and_a_blurred_one_does() -> None:
     undecided = float(loss(torch.full((1, 2, 12, 12, 12), 0.5), image))
     assert clean == pytest.approx(0, abs=1e-4)
     assert swapped == pytest.approx(clean)
-    assert clean < shifted
-    assert undecided > shifted
+    assert shifted > 0.1
+    assert undecided > 1
 
 
 def test_refuses_images_that_do_not_fit() -> None:
