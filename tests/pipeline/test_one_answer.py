@@ -36,7 +36,7 @@ class Census:
 @pytest.fixture(scope="module")
 def clients() -> Iterator[dict[int, Client]]:
     """Clusters of 1 and of 3 worker processes, one thread each."""
-    options = {"threads_per_worker": 1, "dashboard_address": None, "memory_limit": "4GiB"}
+    options = {"threads_per_worker": 1, "dashboard_address": "127.0.0.1:0", "memory_limit": "4GiB"}
     with (
         LocalCluster(n_workers=1, **options) as one,
         LocalCluster(n_workers=3, **options) as three,
