@@ -4,13 +4,14 @@
 
 The loss sees no labels. Crops come from real volumes and from phantoms that differ in density,
 brightness, noise, shading and artefacts; each volume is mapped to [0, 100] by the range of its
-tissue, as a run does it. Every `--check-every` steps the encoder (its weights averaged over the last
-steps) is frozen, segments phantoms that it is not trained on, and is scored against their known cells;
-this is the only use of truth: to choose which step to keep. The best one is written.
+tissue, as a run does it. Every `--check-every` steps the encoder is frozen, segments phantoms that it
+is not trained on, and is scored against their known cells; this is the only use of truth: to choose
+which step to keep. The best one is written.
 
 The soft normalised cut's intensity scale is wider than the published 1: at 1, a class's weight falls to
 nothing within about 1 of its mean, so that every threshold between noise and the brightest cells costs
-the same, and texture of sparse tissue becomes foreground; wider, the cut is cheapest above the noise.
+the same, and texture of sparse tissue becomes foreground; at 50 the cut is cheapest above the noise. The
+reconstruction's weight decides the first steps: at 0.001 two arbitrary regions can become the classes.
 """
 
 from __future__ import annotations
@@ -81,25 +82,19 @@ def main() -> None:
 
     torch.manual_seed(arguments.seed)
     network = WNet3D(channels=COMPACT_CHANNELS, dropout=arguments.dropout)
-    if arguments.start is not None:
-        network.load_state_dict(torch.load(arguments.start, weights_only=True))
     started = time.monotonic()
     best: dict[str, Any] = {"score": -1.0}
     log = open(arguments.out.with_suffix(".csv"), "w")  # noqa: SIM115
     log.write("step,loss,ncuts,reconstruction,learning_rate,smallest_class,seconds\n")
 
-    averaged = {k: v.detach().clone() for k, v in network.encoder.state_dict().items()}
-
     def progress(s: TrainingStep) -> None:
-        for key, value in network.encoder.state_dict().items():
-            averaged[key].lerp_(value, 1 - arguments.average)
         values = (s.step, s.loss, s.ncuts, s.reconstruction, s.learning_rate, s.smallest_class)
         log.write(",".join(f"{v:.6g}" for v in values) + f",{time.monotonic() - started:.0f}\n")
         log.flush()
         done = s.step + 1
         if done % arguments.check_every and done != arguments.steps:
             return
-        encoder = {k: v.clone() for k, v in averaged.items()}
+        encoder = {k: v.detach().clone() for k, v in network.encoder.state_dict().items()}
         weights = Weights(encoder, COMPACT_CHANNELS, 2, 1, {}, "", "in training")
         f1 = [check.f1(weights, arguments.threads) for check in checks]
         score = float(np.mean(f1))
@@ -107,7 +102,6 @@ def main() -> None:
             f"step {done}: F1 {np.round(f1, 3)} mean {score:.4f}, {time.monotonic() - started:.0f} s",
             flush=True,
         )
-        torch.save(network.state_dict(), arguments.out.with_suffix(".last.pt"))
         if score > best["score"]:
             best.update(score=score, f1=f1, step=done, encoder=encoder)
             write(arguments, best, time.monotonic() - started)
@@ -135,8 +129,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--real", type=Path, nargs="*", default=[], help="TIFF volumes without labels")
     parser.add_argument("--out", type=Path, default=Path("wnet3d-compact.safetensors"))
-    parser.add_argument("--start", type=Path, help="state dict (.pt) of a whole network to go on from")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--crop", type=int, default=40)
     parser.add_argument("--real-share", type=float, default=0.35)
@@ -144,10 +137,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--reconstruction-weight", type=float, default=0.005)
-    parser.add_argument("--intensity-sigma", type=float, default=100.0)
-    parser.add_argument(
-        "--average", type=float, default=0.97, help="decay of the running mean of the weights"
-    )
+    parser.add_argument("--intensity-sigma", type=float, default=50.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--check-every", type=int, default=50)
