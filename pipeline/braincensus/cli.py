@@ -261,6 +261,7 @@ def train(
     batch: Annotated[int, typer.Option(min=1, help="crops a step")] = 2,
     learning_rate: Annotated[float, typer.Option(min=1e-8, help="of Adam")] = 2e-3,
     seed: Annotated[int, typer.Option(help="the same seed gives the same weights on the same machine")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace weights that exist")] = False,
 ) -> None:
     """Train WNet3D on volumes without labels (SoftNCuts and reconstruction)."""
     with _explaining():
@@ -281,6 +282,7 @@ def train(
                 batch=batch,
                 learning_rate=learning_rate,
                 seed=seed,
+                overwrite=overwrite,
                 progress=lambda done, total: progress.advance("train", 1),
             )
         _out.print(f"weights: {out}\n{trained}", highlight=False)

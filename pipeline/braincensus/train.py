@@ -268,7 +268,7 @@ def _check(
             explain(
                 "the output exists",
                 found=", ".join(existing),
-                remedy="give another name, or remove these files",
+                remedy="give another name, or --overwrite (overwrite=True)",
             )
         )
 
