@@ -142,7 +142,7 @@ def train_wnet3d(
         See `braincensus_kernels.models.training.train`.
     intensity_sigma
         Of the soft normalised cut. The published 1 leaves it free where between noise and the brightest
-        cells the cut lies; 50 makes it cheapest above the noise (the weight halves 6.5 from the class's mean).
+        cells the cut lies; 50 makes it cheapest above the noise (weights halve 6.5 from the class's mean).
     seed
         The same seed on the same machine with the same number of threads gives the same weights.
     precision
