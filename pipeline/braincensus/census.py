@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,12 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from braincensus_kernels.models.predict import resolve_precision
 from distributed import Client
 
 from braincensus import cluster
 from braincensus.config import RunConfig, WNet3DForeground
 from braincensus.errors import ConfigError, InputError, explain
+from braincensus.formats.convert import COPYING
 from braincensus.planning import Plan, make_plan
 from braincensus.progress import Progress, Silent
 from braincensus.result import Result
@@ -30,6 +31,7 @@ from braincensus.store import (
 from braincensus.tasks import Context
 from braincensus.volume import Volume, open_volume
 from braincensus_kernels.models.checkpoints import Weights, load_weights
+from braincensus_kernels.models.predict import resolve_precision
 
 _RECORDED = (
     "braincensus",
@@ -94,7 +96,7 @@ def run(
     protect = [input] if isinstance(input, str | Path) else []
     check_free(output, overwrite=overwrite, protect=protect)
     with _scratch(output) as scratch:
-        volume = _open(input, config, scratch, progress)
+        volume = _open(input, config, scratch, progress, copy=True)
         weights = _weights(config)
         plan = _plan(volume, config, weights, cluster.resources_for(config.compute, client))
         plan.check(free_disk_bytes=_free_disk(output))
@@ -117,7 +119,8 @@ def plan(input: Any, *, config: RunConfig | None = None, client: Client | None =
         As `run`. Whether it fits is asked with ``plan(...).check()``.
     """
     config = config or RunConfig()
-    volume = _open(input, config, None, Silent())
+    # A run has a scratch folder, so that arrays in memory are copied too; here it stays unused.
+    volume = _open(input, config, Path(), Silent(), copy=False)
     return _plan(volume, config, _weights(config), cluster.resources_for(config.compute, client))
 
 
@@ -178,7 +181,7 @@ def _begin(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _open(input: Any, config: RunConfig, scratch: Path | None, progress: Progress) -> Volume:
+def _open(input: Any, config: RunConfig, scratch: Path, progress: Progress, *, copy: bool) -> Volume:
     volume = open_volume(
         input,
         channel=config.input.channel,
@@ -186,10 +189,33 @@ def _open(input: Any, config: RunConfig, scratch: Path | None, progress: Progres
         level=config.input.level,
         voxel_size_um=config.input.voxel_size_um,
         scratch=scratch,
+        progress=_ConvertStage(progress),
+        copy=copy,
     )
     for note in volume.notes:
         progress.message(note)
     return volume
+
+
+class _ConvertStage:
+    """Shows the chunked copy of the input as a stage of the run, `convert`."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._began: float | None = None
+        self._done = 0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Take what `open_volume` tells: voxels done so far, first before any is copied."""
+        if what != COPYING:
+            return
+        if self._began is None:
+            self._began, self._done = time.perf_counter(), done
+            self._progress.start("convert", total - done)  # an interrupted copy is continued
+        self._progress.advance("convert", done - self._done)
+        self._done = done
+        if done == total:
+            self._progress.finish("convert", time.perf_counter() - self._began)
 
 
 def _weights(config: RunConfig) -> Weights | None:

@@ -1,8 +1,9 @@
 """Reading: from anything that holds a volume to one value that workers read blocks of.
 
 First stage of the flow. `open_volume` looks at what the source is, lets the format's module in
-`formats/` find the voxels, and settles the voxel size; the `Volume` that it returns is small and
-picklable, and each worker opens the files for itself.
+`formats/` find the voxels, and settles the voxel size. Only then is a chunked copy made, where one
+is needed. The `Volume` that it returns is small and picklable, and each worker opens the files for
+itself.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import zarr
 from braincensus.errors import ConfigError, InputError, explain
 from braincensus.formats import arrays, ome_zarr, tiff
 from braincensus.formats.checks import as_voxel_size
-from braincensus.formats.convert import Progress
-from braincensus.formats.readers import Found, Reader, TripleFloat, Voxels
+from braincensus.formats.convert import Progress, describe_copy, make_copy
+from braincensus.formats.readers import Found, Reader, TripleFloat, UncopiedReader, Voxels
 from braincensus_kernels.boxes import Box, Triple
 
 _USUAL_UM = (0.01, 1000.0)  # beyond these, a unit was probably mistaken
@@ -60,7 +61,7 @@ class Volume:
     dtype
         As read: native byte order; boolean voxels read as uint8 0 and 1.
     chunks
-        What storage reads at once, in voxels along z, y, x.
+        What storage reads at once, in voxels along z, y, x; of the copy, where one is needed.
     voxel_size_um
         Along z, y, x, in um.
     voxel_size_from
@@ -88,6 +89,11 @@ class Volume:
         return prod(self.shape) * self.dtype.itemsize
 
     @property
+    def needs_copy(self) -> bool:
+        """Whether a chunked copy is needed that ``copy=False`` left out; of `n_bytes` at most."""
+        return isinstance(self.reader, UncopiedReader)
+
+    @property
     def box(self) -> Box:
         """The whole volume."""
         return Box.whole(self.shape)
@@ -110,6 +116,7 @@ class Volume:
         InputError
             If stored data is missing, truncated or corrupt; names the file and the voxels. A zarr
             chunk that is absent is no error: it holds the fill value, by design of the format.
+            Also if the volume `needs_copy`.
         ValueError
             If the box reaches outside the volume.
 
@@ -139,6 +146,7 @@ def open_volume(
     voxel_size_um: TripleFloat | float | None = None,
     scratch: str | Path | None = None,
     progress: Progress | None = None,
+    copy: bool = True,
 ) -> Volume:
     """Open a volume, whatever it is stored as.
 
@@ -158,7 +166,11 @@ def open_volume(
         ``$BRAINCENSUS_SCRATCH``, or to ``.braincensus-scratch`` beside the source, and NumPy arrays
         are not copied.
     progress
-        Called as ``progress(what, done, total)`` while something takes long.
+        Called as ``progress(what, done, total)`` while something takes long: headers are counted in
+        files, a copy in voxels, first with those that an interrupted copy has already.
+    copy
+        Whether to make the chunked copy that such a source needs, as the last step. Without it
+        nothing is written: the volume is described as if from its copy, but cannot be read.
 
     Raises
     ------
@@ -185,10 +197,15 @@ def open_volume(
         channel=int(channel),
         timepoint=int(timepoint),
         level=int(level),
-        scratch=folder,
+        copy_array=folder is not None,
         progress=progress,
     )
     size, origin = _settle_voxel_size(name, found, given)
+    # Last, because it can take hours: by now, nothing else can be refused.
+    if found.to_copy and copy:
+        found = make_copy(found, found.to_copy, scratch=folder, progress=progress)
+    elif found.to_copy:
+        found = describe_copy(found, found.to_copy)
     notes = found.notes
     if found.dtype == np.uint8 and np.dtype(found.identity["dtype"]) == np.bool_:
         notes += ("boolean voxels, read as 0 and 1",)
@@ -209,7 +226,7 @@ def open_volume(
 
 
 def _find(
-    source: Any, *, channel: int, timepoint: int, level: int, scratch: Path | None, progress: Progress | None
+    source: Any, *, channel: int, timepoint: int, level: int, copy_array: bool, progress: Progress | None
 ) -> tuple[str, Found]:
     """Let the right format find the voxels; return the name of the source with it."""
     if isinstance(source, zarr.Array | zarr.Group):
@@ -218,7 +235,7 @@ def _find(
             source = on_disk
     if isinstance(source, np.ndarray | zarr.Array):
         return "array", arrays.open_array(
-            source, channel=channel, timepoint=timepoint, level=level, scratch=scratch, progress=progress
+            source, channel=channel, timepoint=timepoint, level=level, with_copy=copy_array
         )
     if not isinstance(source, str | Path):
         raise ConfigError(
@@ -243,13 +260,9 @@ def _find(
     if not path.exists():
         raise _missing(path)
     if path.is_dir():
-        found = _find_in_folder(
-            path, channel=channel, timepoint=timepoint, level=level, scratch=scratch, progress=progress
-        )
+        found = _find_in_folder(path, channel=channel, timepoint=timepoint, level=level, progress=progress)
     elif path.suffix.lower() in tiff.EXTENSIONS:
-        found = tiff.open_tiff(
-            path, channel=channel, timepoint=timepoint, level=level, scratch=scratch, progress=progress
-        )
+        found = tiff.open_tiff(path, channel=channel, timepoint=timepoint, level=level)
     elif path.suffix.lower() == ".npy":
         found = arrays.open_npy(path, channel=channel, timepoint=timepoint, level=level)
     else:
@@ -258,14 +271,12 @@ def _find(
 
 
 def _find_in_folder(
-    path: Path, *, channel: int, timepoint: int, level: int, scratch: Path | None, progress: Progress | None
+    path: Path, *, channel: int, timepoint: int, level: int, progress: Progress | None
 ) -> Found:
     if ome_zarr.is_zarr(path):
         return ome_zarr.open_ome_zarr(path, channel=channel, timepoint=timepoint, level=level)
     if tiff.plane_names(path):
-        return tiff.open_planes(
-            path, channel=channel, timepoint=timepoint, level=level, scratch=scratch, progress=progress
-        )
+        return tiff.open_planes(path, channel=channel, timepoint=timepoint, level=level, progress=progress)
     if path.suffix.lower() in _NOT_SUPPORTED:
         raise _unknown(path)
     inside = sorted(child.name for child in path.iterdir())

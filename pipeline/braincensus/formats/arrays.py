@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from zarr.storage import LocalStore, MemoryStore
 
 from braincensus.errors import InputError, explain
 from braincensus.formats.checks import USUAL_AXES, check_index, check_volume, choose_axes
-from braincensus.formats.convert import Progress, chunked_copy
 from braincensus.formats.readers import (
     Axes,
     FlatReader,
     Found,
     MemoryReader,
+    ToCopy,
     Voxels,
     as_read,
     dtype_as_read,
@@ -94,20 +95,18 @@ def path_of(array: Any) -> Path | None:
     return Path(store.root) / array.path if isinstance(store, LocalStore) else None
 
 
-def open_array(
-    array: Any, *, channel: int, timepoint: int, level: int, scratch: Path | None, progress: Progress | None
-) -> Found:
+def open_array(array: Any, *, channel: int, timepoint: int, level: int, with_copy: bool) -> Found:
     """Take a NumPy array, or a zarr array that is not on disk.
 
-    With `scratch`, what is in memory is copied there in chunks, so that workers read blocks of
-    it; without, each worker process receives all of it.
+    With a copy in chunks of what is in memory, workers read blocks of it; without, each worker
+    process receives all of it.
     """
     axes, notes = _usual_axes(
         array.shape, array.dtype, channel=channel, timepoint=timepoint, level=level, what="the array"
     )
     shape, dtype = axes.zyx(array.shape), dtype_as_read(array.dtype)
     in_memory = isinstance(array, np.ndarray) or isinstance(array.store, MemoryStore)
-    if isinstance(array, zarr.Array) and in_memory and scratch is None:
+    if isinstance(array, zarr.Array) and in_memory and not with_copy:
         array = np.asarray(array[...])  # a store in memory cannot be sent to another process
     content = _digest(array, axes, shape[0]) if in_memory else repr(array.store_path)
     identity = {
@@ -136,20 +135,19 @@ def open_array(
     )
     if not in_memory:
         return found
-    if scratch is None:
+    if not with_copy:
         return replace(found, notes=(*notes, "held in memory; each worker process receives a copy"))
-    scratch.mkdir(parents=True, exist_ok=True)
     memory = found.reader
-    reader, chunks = chunked_copy(
-        name="array",
-        identity=identity,
-        shape=shape,
-        dtype=dtype,
-        read_planes=lambda start, stop: memory.read(Box((start, 0, 0), (stop, *shape[1:]))),
-        folder=scratch,
-        progress=progress,
+
+    def read_planes(start: int, stop: int) -> Voxels:
+        return memory.read(Box((start, 0, 0), (stop, *shape[1:])))
+
+    return replace(
+        found,
+        to_copy=ToCopy(
+            name="array", beside=None, why="held in memory", open_planes=lambda: nullcontext(read_planes)
+        ),
     )
-    return replace(found, reader=reader, chunks=chunks, notes=(*notes, f"copied in chunks to {reader.root}"))
 
 
 def _usual_axes(

@@ -4,6 +4,9 @@ Planes stream through in slabs, so that memory stays bounded however many there 
 one row of shards, each written once. The copy grows under a `.partial` name and takes its own
 name only when it is complete; an interrupted one is continued. A lock lets several processes
 ask for the same copy, of which one makes it.
+
+A format only says what the copy is to be made from (`ToCopy`). `open_volume` settles everything
+else first and then has the copy made (`make_copy`) or only described (`describe_copy`).
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,18 +28,61 @@ import zarr
 from zarr.codecs import BloscCodec
 
 from braincensus.errors import OutputError, PlanError, explain
-from braincensus.formats.readers import ZYX, Voxels, ZarrReader, open_zarr_array
+from braincensus.formats.readers import (
+    ZYX,
+    Found,
+    ReadPlanes,
+    ToCopy,
+    UncopiedReader,
+    ZarrReader,
+    open_zarr_array,
+)
 from braincensus_kernels.boxes import Triple
 
 Progress = Callable[[str, int, int], None]
-ReadPlanes = Callable[[int, int], Voxels]  # planes start:stop -> (stop - start, y, x)
 
+COPYING = "converting to a chunked copy"  # what `progress` is told; it counts voxels
 SCRATCH_VARIABLE = "BRAINCENSUS_SCRATCH"
 SLAB_BYTES = 512 * 2**20
 _SHARD_BYTES = 32 * 2**20  # several are in memory at once while they are compressed
 _MOST_PLANES = 64
 _CHUNK_YX = 256
 _DONE = "planes-done"
+
+
+def make_copy(found: Found, source: ToCopy, *, scratch: Path | None, progress: Progress | None) -> Found:
+    """Copy what was found into chunks, and read it from there.
+
+    Raises
+    ------
+    OutputError, PlanError, InputError
+        As `scratch_folder` and `chunked_copy`.
+    """
+    folder = scratch_folder(scratch, beside=source.beside)
+    with source.open_planes() as read_planes:
+        reader, chunks = chunked_copy(
+            name=source.name,
+            identity=found.identity,
+            shape=found.shape,
+            dtype=found.dtype,
+            read_planes=read_planes,
+            folder=folder,
+            progress=progress,
+        )
+    note = f"{source.why}; read from a chunked copy, made once: {reader.root}"
+    return replace(found, reader=reader, chunks=chunks, notes=(*found.notes, note), to_copy=None)
+
+
+def describe_copy(found: Found, source: ToCopy) -> Found:
+    """Say what `make_copy` would do; touches no file."""
+    n_bytes = prod(found.shape) * found.dtype.itemsize
+    size = f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
+    return replace(
+        found,
+        reader=UncopiedReader(found.identity["path"]),
+        chunks=_layout(found.shape, found.dtype)[1],
+        notes=(*found.notes, f"{source.why}; a run first makes a chunked copy of up to {size}"),
+    )
 
 
 def scratch_folder(scratch: Path | None, *, beside: Path | None) -> Path:
@@ -151,7 +198,9 @@ def _layout(shape: Triple, dtype: np.dtype[Any]) -> tuple[int, Triple, Triple | 
 def _copy(target: Path, *, done: int, slab: int, read_planes: ReadPlanes, progress: Progress | None) -> None:
     array: Any = zarr.open_array(target, mode="r+", zarr_format=3)
     array = array.with_config({"write_empty_chunks": True})  # so that an absent chunk is a lost one
-    total = array.shape[0]
+    total, plane = array.shape[0], prod(array.shape[1:])
+    if progress:
+        progress(COPYING, done * plane, total * plane)
     for start in range(done, total, slab):
         stop = min(start + slab, total)
         planes = read_planes(start, stop)
@@ -161,7 +210,7 @@ def _copy(target: Path, *, done: int, slab: int, read_planes: ReadPlanes, progre
         mark.write_text(str(stop))
         mark.replace(target / _DONE)
         if progress:
-            progress("converting to a chunked copy", stop, total)
+            progress(COPYING, stop * plane, total * plane)
 
 
 def _planes_done(partial: Path, slab: int) -> int:

@@ -11,6 +11,8 @@ import threading
 import zlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -29,6 +31,7 @@ from braincensus_kernels.boxes import Box, Triple
 Voxels = npt.NDArray[Any]
 TripleFloat = tuple[float, float, float]
 T = TypeVar("T")
+ReadPlanes = Callable[[int, int], Voxels]  # planes start:stop -> (stop - start, y, x)
 
 _OPEN_AT_MOST = 16
 _handles: OrderedDict[Reader, Any] = OrderedDict()
@@ -41,6 +44,19 @@ class VoxelSize:
 
     um: TripleFloat
     origin: str
+
+
+@dataclass(frozen=True)
+class ToCopy:
+    """What a chunked copy is made from, where a source cannot be read block by block.
+
+    It stays in the process that opened the source; workers get a reader of the copy.
+    """
+
+    name: str
+    beside: Path | None  # the folder that the source is in
+    why: str  # for people
+    open_planes: Callable[[], AbstractContextManager[ReadPlanes]]
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,7 @@ class Found:
     notes: tuple[str, ...] = ()
     missing_scale: str = "no voxel size in its metadata"
     is_one_level: bool = False
+    to_copy: ToCopy | None = None  # made last, by `open_volume`
 
 
 @dataclass(frozen=True)
@@ -432,3 +449,24 @@ class MemoryReader(Reader):
 
     def _read(self, box: Box) -> Voxels:
         return _copied(self.axes.take(self.array, box))
+
+
+# ---------------------------------------------------------------------------------------------
+# not yet
+
+
+@dataclass(frozen=True)
+class UncopiedReader(Reader):
+    """Stands for the chunked copy of a source that was only looked at: refuses to read."""
+
+    source: str
+
+    def _read(self, box: Box) -> Voxels:
+        raise InputError(
+            explain(
+                f"cannot read voxels {where(box)} of {self.source}",
+                expected="a chunked copy of it, because it cannot be read block by block",
+                found="a volume that was opened with copy=False, which makes none",
+                remedy="open it with copy=True",
+            )
+        )

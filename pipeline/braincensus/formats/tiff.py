@@ -1,7 +1,7 @@
 """TIFF in the forms that microscopes write: one file, one file with a series per plane, a folder.
 
 1. Read the headers: which pages make up the volume, and are they all there.
-2. Uncompressed planes are mapped where they lie; anything else is copied once to chunks.
+2. Uncompressed planes are mapped where they lie; of anything else a chunked copy is to be made.
 3. The voxel size comes from OME or ImageJ metadata, or from the mesoSPIM sidecar.
 """
 
@@ -14,7 +14,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
@@ -35,12 +35,15 @@ from braincensus.formats.checks import (
     is_voxel_size,
     um_per,
 )
-from braincensus.formats.convert import Progress, ReadPlanes, chunked_copy, scratch_folder
+from braincensus.formats.convert import Progress
 from braincensus.formats.ome_zarr import natural_key
 from braincensus.formats.readers import (
     FlatReader,
     Found,
     PlanesReader,
+    ReadPlanes,
+    ToCopy,
+    UncopiedReader,
     Voxels,
     VoxelSize,
     dtype_as_read,
@@ -50,11 +53,10 @@ from braincensus_kernels.boxes import Triple
 
 EXTENSIONS = (".tif", ".tiff", ".btf", ".tf2", ".tf8")
 _THREADS = 4
+_WHY_COPY = "planes are compressed or tiled"
 
 
-def open_tiff(
-    path: Path, *, channel: int, timepoint: int, level: int, scratch: Path | None, progress: Progress | None
-) -> Found:
+def open_tiff(path: Path, *, channel: int, timepoint: int, level: int) -> Found:
     """Find the volume in one TIFF file.
 
     Raises
@@ -77,7 +79,7 @@ def open_tiff(
         stamp = str(identity["mtime_ns"])
         found = Found(
             format=kind,
-            reader=None,  # type: ignore[arg-type]  # replaced below
+            reader=UncopiedReader(str(path)),  # unless one of those below can do it
             shape=shape,
             dtype=dtype_as_read(dtype),
             chunks=(1, 1, shape[2]),
@@ -115,12 +117,21 @@ def open_tiff(
                 )
                 found = replace(found, reader=reader)
             else:
-                found = _converted(found, path, _page_reader(tif, pages, path, found), scratch, progress)
+
+                @contextmanager
+                def open_again() -> Iterator[ReadPlanes]:
+                    with _opened(path) as (tif, images):
+                        series = _the_series(images, path, level)[0]
+                        pages = _pages_of_volume(series, names, axes.select, axes.order, path)
+                        yield _page_reader(tif, pages, path, shape, found.dtype)
+
+                copy = ToCopy(name=path.stem, beside=path.parent, why=_WHY_COPY, open_planes=open_again)
+                found = replace(found, to_copy=copy)
     return mesospim.add_sidecar(found, path, full_shape)
 
 
 def open_planes(
-    folder: Path, *, channel: int, timepoint: int, level: int, scratch: Path | None, progress: Progress | None
+    folder: Path, *, channel: int, timepoint: int, level: int, progress: Progress | None
 ) -> Found:
     """Find the volume in a folder of TIFF planes, in natural order of their names.
 
@@ -131,14 +142,7 @@ def open_planes(
     """
     names = plane_names(folder)
     if len(names) == 1:
-        found = open_tiff(
-            folder / names[0],
-            channel=channel,
-            timepoint=timepoint,
-            level=level,
-            scratch=scratch,
-            progress=progress,
-        )
+        found = open_tiff(folder / names[0], channel=channel, timepoint=timepoint, level=level)
         return replace(found, notes=(f"the one TIFF in the folder, {names[0]}", *found.notes))
     for word, index in (("channel", channel), ("timepoint", timepoint), ("level", level)):
         check_index(index, 1, word=word, what=str(folder))
@@ -175,7 +179,7 @@ def open_planes(
         kind, voxel_size, missing = _metadata_of(tif, 0)
     found = Found(
         format=f"folder of {len(names)} {kind} planes",
-        reader=None,  # type: ignore[arg-type]  # replaced below
+        reader=UncopiedReader(str(folder)),  # unless planes can be mapped
         shape=shape,
         dtype=dtype_as_read(first.dtype),
         chunks=(1, 1, shape[2]),
@@ -195,7 +199,14 @@ def open_planes(
         )
         found = replace(found, reader=reader)
     else:
-        found = _converted(found, folder, _file_reader(folder, names, found), scratch, progress)
+        read_planes = _file_reader(folder, names, shape, found.dtype)
+        copy = ToCopy(
+            name=folder.stem,
+            beside=folder.parent,
+            why=_WHY_COPY,
+            open_planes=lambda: nullcontext(read_planes),
+        )
+        found = replace(found, to_copy=copy)
     return mesospim.add_sidecar(found, folder, shape)
 
 
@@ -476,40 +487,29 @@ def _gaps(names: Sequence[str]) -> tuple[str, ...]:
 
 
 # ---------------------------------------------------------------------------------------------
-# 2. the copy
+# 2. planes for the copy
 
 
-def _converted(
-    found: Found, path: Path, read_planes: ReadPlanes, scratch: Path | None, progress: Progress | None
-) -> Found:
-    folder = scratch_folder(scratch, beside=path.parent)
-    reader, chunks = chunked_copy(
-        name=path.stem,
-        identity=found.identity,
-        shape=found.shape,
-        dtype=found.dtype,
-        read_planes=read_planes,
-        folder=folder,
-        progress=progress,
-    )
-    note = f"planes are compressed or tiled; read from a chunked copy, made once: {reader.root}"
-    return replace(found, reader=reader, chunks=chunks, notes=(*found.notes, note))
-
-
-def _page_reader(tif: Any, pages: Sequence[Any], path: Path, found: Found) -> ReadPlanes:
+def _page_reader(
+    tif: Any, pages: Sequence[Any], path: Path, shape: Triple, dtype: np.dtype[Any]
+) -> ReadPlanes:
     """Decode planes of one file, several at a time."""
     tif.filehandle.set_lock(True)
-    return _read_with(lambda z: pages[z].asarray(), found, lambda z: f"{path}, plane {z}")
+    return _read_with(lambda z: pages[z].asarray(), shape, dtype, lambda z: f"{path}, plane {z}")
 
 
-def _file_reader(folder: Path, names: Sequence[str], found: Found) -> ReadPlanes:
+def _file_reader(folder: Path, names: Sequence[str], shape: Triple, dtype: np.dtype[Any]) -> ReadPlanes:
     """Decode planes that are one file each, several at a time."""
-    return _read_with(lambda z: tifffile.imread(folder / names[z]), found, lambda z: str(folder / names[z]))
+    return _read_with(
+        lambda z: tifffile.imread(folder / names[z]), shape, dtype, lambda z: str(folder / names[z])
+    )
 
 
-def _read_with(decode: Callable[[int], Any], found: Found, name: Callable[[int], str]) -> ReadPlanes:
+def _read_with(
+    decode: Callable[[int], Any], shape: Triple, dtype: np.dtype[Any], name: Callable[[int], str]
+) -> ReadPlanes:
     def read_planes(start: int, stop: int) -> Voxels:
-        slab = np.empty((stop - start, *found.shape[1:]), dtype=found.dtype)
+        slab = np.empty((stop - start, *shape[1:]), dtype=dtype)
 
         def read(z: int) -> None:
             try:

@@ -44,7 +44,7 @@ def test_planes_stream_in_slabs(tmp_path, voxels, compressed, slabs_of_4, monkey
         scratch=tmp_path / "s",
         progress=lambda what, done, total: seen.append(done),
     )
-    assert seen == [4, 8, 12, 16, 20]
+    assert seen == [planes * 50 * 60 for planes in (0, 4, 8, 12, 16, 20)]
     assert volume.chunks == (4, 50, 60)
     np.testing.assert_array_equal(volume.read(volume.box), voxels())
 
@@ -72,7 +72,7 @@ def test_wide_volumes_are_sharded_exactly(tmp_path, voxels):
 
 def test_an_interrupted_copy_is_continued(tmp_path, voxels, compressed, slabs_of_4):
     def interrupt(what, done, total):
-        if done == 12:
+        if done == 12 * 50 * 60:
             raise Interrupted
 
     with pytest.raises(Interrupted):
@@ -88,7 +88,7 @@ def test_an_interrupted_copy_is_continued(tmp_path, voxels, compressed, slabs_of
         scratch=tmp_path / "s",
         progress=lambda what, done, total: seen.append(done),
     )
-    assert seen == [16, 20]
+    assert seen == [planes * 50 * 60 for planes in (12, 16, 20)]
     expected = voxels()
     expected[0, 0, 0] = 12345
     np.testing.assert_array_equal(volume.read(volume.box), expected)
@@ -97,7 +97,8 @@ def test_an_interrupted_copy_is_continued(tmp_path, voxels, compressed, slabs_of
 
 def test_a_damaged_partial_copy_is_started_again(tmp_path, voxels, compressed, slabs_of_4):
     def interrupt(what, done, total):
-        raise Interrupted
+        if done:
+            raise Interrupted
 
     with pytest.raises(Interrupted):
         open_volume(compressed, voxel_size_um=1, scratch=tmp_path / "s", progress=interrupt)
