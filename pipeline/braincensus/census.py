@@ -96,12 +96,14 @@ def run(
     protect = [input] if isinstance(input, str | Path) else []
     check_free(output, overwrite=overwrite, protect=protect)
     with _scratch(output) as scratch:
-        volume = _open(input, config, scratch, progress, copy=True)
+        # Everything that can be refused is, before the input is copied (where it must be) or computed on.
+        described = _open(input, config, scratch, Silent(), copy=False)
         weights = _weights(config)
-        plan = _plan(volume, config, weights, cluster.resources_for(config.compute, client))
+        plan = _plan(described, config, weights, cluster.resources_for(config.compute, client))
         plan.check(free_disk_bytes=_free_disk(output))
+        volume = _open(input, config, scratch, progress, copy=True)
         with _connected(plan, client) as (connected, resources):
-            plan = replace(plan, resources=resources)
+            plan = replace(plan, volume=volume, resources=resources)
             if connected.dashboard_link:
                 progress.message(f"Dask dashboard: {connected.dashboard_link}")
             store = create_output(

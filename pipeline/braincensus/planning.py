@@ -192,7 +192,7 @@ def make_plan(
         outline_sigma_voxels=outline,
         max_steps=max_steps,
         memory_bytes={},
-        disk_bytes=_disk(shape),
+        disk_bytes=_disk(volume),
         seconds={},
     )
     plan.memory_bytes.update(_memory(plan))
@@ -284,10 +284,11 @@ def _label_bytes(grid: BlockGrid, volume: Volume, resources: Resources) -> int:
     )
 
 
-def _disk(shape: Triple) -> dict[str, int]:
+def _disk(volume: Volume) -> dict[str, int]:
     """Compressed: probability about 0.5 of its 2 bytes, labels about 0.15 of their 4, as on phantoms."""
-    voxels = prod(shape)
-    return {
+    voxels = prod(volume.shape)
+    copy = {"chunked copy of the input": volume.n_bytes} if volume.needs_copy else {}
+    return copy | {
         "probability": int(voxels * 2 * 0.5 * 8 / 7),
         "labels": int(voxels * 4 * 0.15 * 8 / 7),
         "working files": int(voxels * 4 * 0.15 + voxels / LATTICE**3 * 8),
