@@ -13,14 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, prod
 
-from braincensus_kernels.models.predict import projected_bytes
-
 from braincensus.blocks import BlockGrid
 from braincensus.cluster import GIB, Resources
 from braincensus.config import IntensityForeground, RunConfig, WNet3DForeground
 from braincensus.errors import PlanError, explain
 from braincensus.volume import Volume
 from braincensus_kernels.boxes import Triple
+from braincensus_kernels.models.predict import projected_bytes
 from braincensus_kernels.voronoi_otsu import reach_voxels
 
 LATTICE = 8
