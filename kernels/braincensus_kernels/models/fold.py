@@ -8,7 +8,9 @@ and neighbouring linear layers become one:
 3. a transposed convolution and the 3x3x3 after it become one 2x2x2 convolution at the coarse
    resolution with eight times the channels, one set for each of the eight positions of a fine voxel
    in its coarse one: 8 products where there were 27;
-4. of two classes only the difference of their logits matters.
+4. of two classes only the difference of their logits matters;
+5. the coarser levels are left out if no input in [0, 100] lets them move a logit by more than 1e-6, by
+   interval arithmetic: weight decay can silence levels that training did not use.
 
 Exact only where nothing is padded between the layers, so `predict.py` convolves without padding.
 Steps 2 and 3 save 27 % of the multiply-adds of the published size; arithmetic here is float64.
@@ -18,13 +20,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from braincensus_kernels.models.calibrate import NormStatistics, affine_of_norm
+from braincensus_kernels.models.training import INPUT_TOP
 from braincensus_kernels.models.wnet3d import UNet
+
+_SILENT_LOGIT = 1e-6
 
 Affine = tuple[Tensor, Tensor]
 """Scale and shift of each channel."""
@@ -67,13 +73,15 @@ class UpStep:
     """A block of the way up: `skip` on the finer features plus `up` on the coarser ones, ReLU, `second`."""
 
     skip: Convolution
-    up: Convolution
-    """Eight times the channels of `skip`, slots in order z, y, x, channel."""
+    up: Convolution | Tensor
+    """Eight times the channels of `skip`, slots in order z, y, x, channel; or, where the coarser levels are
+    left out, what they give: a constant (2, 2, 2, channels)."""
     second: Convolution
 
     def to(self, device: str, dtype: torch.dtype) -> UpStep:
         """Return a copy in the arithmetic of the network."""
-        return UpStep(self.skip.to(device, dtype), self.up.to(device, dtype), self.second.to(device, dtype))
+        up = self.up.to(device, dtype)
+        return UpStep(self.skip.to(device, dtype), up, self.second.to(device, dtype))
 
 
 @dataclass(frozen=True)
@@ -81,19 +89,18 @@ class FoldedEncoder:
     """The whole encoder for inference, without a norm."""
 
     down: tuple[tuple[Convolution, ...], ...]
-    """Of the four levels, full resolution first."""
-    up: tuple[UpStep, UpStep, UpStep]
-    """To the quarter, half and full resolution."""
+    """Of the levels that matter, full resolution first."""
+    up: tuple[UpStep, ...]
+    """To the quarter, half and full resolution, or the last of these; full resolution last."""
     head_weight: Tensor
     """(1, channels): logit of foreground against the other; if K > 2, (K, channels), foreground first."""
     head_bias: Tensor
 
     def to(self, device: str, dtype: torch.dtype) -> FoldedEncoder:
         """Return a copy in the arithmetic of the network; the head stays in float32."""
-        a, b, c = self.up
         return FoldedEncoder(
             tuple(tuple(conv.to(device, dtype) for conv in level) for level in self.down),
-            (a.to(device, dtype), b.to(device, dtype), c.to(device, dtype)),
+            tuple(step.to(device, dtype) for step in self.up),
             self.head_weight.to(device, torch.float32),
             self.head_bias.to(device, torch.float32),
         )
@@ -162,7 +169,9 @@ def fold(encoder: UNet, statistics: NormStatistics) -> FoldedEncoder:
     else:
         order = [foreground, *(k for k in range(classes) if k != foreground)]
         rows, bias = rows[order], bias[order]
-    return FoldedEncoder((in_b, conv1, conv2, bot), (deconv2, deconv3, out_b), rows, bias)
+    return _without_silent_levels(
+        FoldedEncoder((in_b, conv1, conv2, bot), (deconv2, deconv3, out_b), rows, bias)
+    )
 
 
 def _norms(encoder: UNet) -> dict[str, nn.GroupNorm]:
@@ -269,17 +278,79 @@ def _up(
 def _compose_up(weight: Tensor, bias: Tensor, transposed: nn.ConvTranspose3d) -> tuple[Tensor, Tensor]:
     """Join a 2x2x2 transposed convolution of stride 2 and the 3x3x3 convolution after it."""
     assert transposed.bias is not None
-    taps = transposed.weight.detach().double().cpu()  # (coarse, middle, 2, 2, 2)
-    out, coarse = weight.shape[0], taps.shape[0]
-    slots = torch.zeros(2, 2, 2, out, coarse, 2, 2, 2, dtype=torch.float64)
+    taps = transposed.weight.detach().double().cpu().permute(2, 3, 4, 1, 0).contiguous()
+    kernel = weight.permute(2, 3, 4, 0, 1).contiguous()
+    slots = torch.zeros(2, 2, 2, 2, 2, 2, kernel.shape[3], taps.shape[4], dtype=torch.float64)
     for (rz, kz), z_pairs in _MEETINGS.items():
         for (ry, ky), y_pairs in _MEETINGS.items():
             for (rx, kx), x_pairs in _MEETINGS.items():
-                for wz, tz in z_pairs:
-                    for wy, ty in y_pairs:
-                        for wx, tx in x_pairs:
-                            slots[rz, ry, rx, :, :, kz, ky, kx] += (
-                                weight[:, :, wz, wy, wx] @ taps[:, :, tz, ty, tx].T
-                            )
+                for (wz, tz), (wy, ty), (wx, tx) in product(z_pairs, y_pairs, x_pairs):
+                    slots[rz, ry, rx, kz, ky, kx].addmm_(kernel[wz, wy, wx], taps[tz, ty, tx])
+    composed = slots.permute(0, 1, 2, 6, 7, 3, 4, 5).reshape(-1, taps.shape[4], 2, 2, 2)
     through = torch.einsum("omzyx,m->o", weight, transposed.bias.detach().double().cpu())
-    return slots.reshape(8 * out, coarse, 2, 2, 2), (bias + through).repeat(8)
+    return composed, (bias + through).repeat(8)
+
+
+Interval = tuple[Tensor, Tensor]
+"""Centre and radius of the values that each channel can take."""
+
+
+def _without_silent_levels(net: FoldedEncoder) -> FoldedEncoder:
+    """Replace what the coarser levels give by its middle where it cannot vary enough to matter."""
+    half = torch.full((1,), INPUT_TOP / 2, dtype=torch.float64)
+    features: Interval = (half, half)
+    skips = []
+    for level in net.down:
+        for conv in level:
+            features = _range_after(conv, features)
+        skips.append(features)
+    kept = net
+    for index, step in enumerate(net.up):  # from the coarsest on
+        assert isinstance(step.up, Convolution)
+        slots = (8, step.skip.weight.shape[0])
+        centre, radius = (part.view(slots) for part in _range_after(step.up, features))
+        if _most_effect(net, index, radius) > _SILENT_LOGIT:
+            break
+        first = UpStep(step.skip, centre.view(2, 2, 2, -1), step.second)
+        kept = replace(net, down=net.down[: 3 - index], up=(first, *net.up[index + 1 :]))
+        skip_centre, skip_radius = _range_after(step.skip, skips[2 - index])
+        middle = (centre.amax(0) + centre.amin(0)) / 2
+        joined = skip_centre + middle, skip_radius + (radius + (centre - middle).abs()).amax(0)
+        features = _range_after(step.second, _rectified(joined))
+    return kept
+
+
+def _range_after(conv: Convolution, features: Interval) -> Interval:
+    """Bound each channel after a convolution, and what follows it, whatever the features in their bounds."""
+    weight = conv.weight.sum((2, 3, 4)), conv.weight.abs().sum((2, 3, 4))
+    centre, radius = weight[0] @ features[0], weight[1] @ features[1]
+    if conv.bias is not None:
+        centre = centre + conv.bias
+    if conv.upper is not None:
+        sign = torch.where(conv.upper, -1.0, 1.0).double()
+        centre, radius = _rectified((sign * centre, radius))
+        return sign * centre, radius
+    return _rectified((centre, radius)) if conv.relu else (centre, radius)
+
+
+def _rectified(features: Interval) -> Interval:
+    """Bound ``max(x, 0)``; an interval on one side of 0 keeps its radius to the last digit, however small."""
+    centre, radius = features
+    top = (centre + radius).clamp(min=0) / 2
+    return (
+        torch.where(centre >= radius, centre, top),
+        torch.where(centre >= radius, radius, top),
+    )
+
+
+def _most_effect(net: FoldedEncoder, index: int, change: Tensor) -> float:
+    """Bound the change of a logit when what step `index` gets from its coarser level changes by `change`."""
+
+    def spread(conv: Convolution, by: Tensor) -> Tensor:
+        return conv.weight.abs().sum((2, 3, 4)) @ by
+
+    by = spread(net.up[index].second, change.amax(0))  # a ReLU does not enlarge a change
+    for step in net.up[index + 1 :]:
+        assert isinstance(step.up, Convolution)
+        by = spread(step.second, spread(step.up, by).view(8, -1).amax(0))
+    return float((net.head_weight.abs() @ by).max())

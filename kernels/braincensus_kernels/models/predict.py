@@ -10,9 +10,10 @@ Each level computes only what the core needs of it. Voxels beyond the core, on e
     quarter   10             8              8 to pool; 4
     eighth    4              2              2
 
-So 46 voxels of context are enough to be exact, and the halo, a multiple of 8, is 48. With less,
-what a level lacks at its outer edge is filled with its outermost computed features, repeated. That
-is a rule of the patch alone: no result depends on what else is computed, or in which batch.
+So 46 voxels of context are enough to be exact, and the halo, a multiple of 8, is 48. Where the coarser
+levels are left out (see `fold.py`), less is: 30, 14 or 4. With a smaller halo, what a level lacks at its
+outer edge is filled with its outermost computed features, repeated. That is a rule of the patch alone:
+no result depends on what else is computed, or in which batch.
 """
 
 from __future__ import annotations
@@ -42,12 +43,11 @@ EXACT_HALO_VOXELS = 48
 
 Norm = Literal["calibrated", "window"]
 
-_FULL_IN = 46  # context that each level takes at most (see the module)
-_HALF_IN = 22
-_QUARTER_IN = 10
-_EIGHTH_IN = 4
-_FULL_LEAST = 4  # and at least: the full level, and the half and quarter level
-_LEAST = 6
+# Context that each level takes at most, full resolution first, for each number of levels; and at least.
+_MOST = {1: (4,), 2: (14, 6), 3: (30, 14, 6), 4: (46, 22, 10, 4)}
+_LEAST = (4, 6, 6, 4)
+_SKIPPED = (2, 4, 4, 2)
+"""Context of what a level hands to the way up."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _threads_lock = threading.Lock()
@@ -83,12 +83,12 @@ def projected_bytes(core: Triple, halo: int, channels: Sequence[int], precision:
     """
     item = _DTYPES[precision].itemsize
     a, b, c, d = channels
-    context = min(halo, _FULL_IN)
+    context = min(halo, _MOST[4][0])
 
     def voxels(scale: int, margin: int) -> int:
         return prod(n // scale + 2 * margin for n in core)
 
-    full, half = voxels(1, context), voxels(2, min(context // 2, _HALF_IN) + 2)
+    full, half = voxels(1, context), voxels(2, min(context // 2, _MOST[4][1]) + 2)
     patch = prod(n + 2 * halo for n in core)
     skip = voxels(1, 2) * a * item
     # Two copies of the widest features at a time, and one that the convolution may reorder.
@@ -181,6 +181,11 @@ class Predictor:
             self._folded = None
             self._encoder = encoder.to(device)
 
+    @property
+    def reach_voxels(self) -> int:
+        """How far the network looks: with a halo of this or more the core is exact."""
+        return LATTICE if self._folded is None else _MOST[len(self._folded.down)][0]
+
     def predict(self, patch: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the foreground probability of the core.
 
@@ -248,32 +253,28 @@ def _cpu_threads(threads: int | None) -> Iterator[None]:
 
 def _run(net: FoldedEncoder, x: Tensor, halo: int, dtype: torch.dtype) -> Tensor:
     """Compute the core of a patch (1, 1, z, y, x); `margin` is the context beyond the core, per level."""
-    margin = min(halo, _FULL_IN)
-    x, margin = _widen(_crop(x, halo - margin).to(dtype), margin, max(_FULL_LEAST, margin))
-    x = _channels_last(x)
-    full = _down(net.down[0], x)
-    half, margin_half = _pool(full, margin - 2, _HALF_IN)
-    full = _crop(full, margin - 4).clone(memory_format=torch.channels_last_3d)  # lets go of the rest
+    levels = len(net.down)
+    most = _MOST[levels]
+    margin = min(halo, most[0])
+    x = _channels_last(_widen(_crop(x, halo - margin).to(dtype), margin, max(_LEAST[0], margin)))
+    margin = max(_LEAST[0], margin)
+    handed = []
+    for level, block in enumerate(net.down):
+        if level > 0:
+            x, margin = _pool(x, margin, most[level])
+            wanted = max(_LEAST[level], min(most[level], halo // 2**level + 2))
+            x, margin = _widen(x, margin, wanted), wanted
+        x, margin = _down(block, x), margin - 2
+        skip = _crop(x, margin - _SKIPPED[level])
+        handed.append(skip.clone(memory_format=torch.channels_last_3d))  # lets go of the rest of x
 
-    half, margin = _widen(half, margin_half, max(_LEAST, min(_HALF_IN, halo // 2 + 2)))
-    half = _down(net.down[1], half)
-    quarter, margin_quarter = _pool(half, margin - 2, _QUARTER_IN)
-    half = _crop(half, margin - 6).clone(memory_format=torch.channels_last_3d)
+    x = handed.pop() if levels == 4 else torch.empty(0)
+    for step in net.up:
+        skip = handed.pop()
+        # Context of skip and coarse features, then of the result: 4 and 2 -> 2; at last 2 and 1 -> 0.
+        x = _up(step, skip, x if handed or isinstance(step.up, Tensor) else _crop(x, 1))
 
-    quarter, margin = _widen(quarter, margin_quarter, max(_LEAST, min(_QUARTER_IN, halo // 4 + 2)))
-    quarter = _down(net.down[2], quarter)
-    eighth, margin_eighth = _pool(quarter, margin - 2, _EIGHTH_IN)
-    quarter = _crop(quarter, margin - 6)
-
-    eighth, _ = _widen(eighth, margin_eighth, _EIGHTH_IN)
-    eighth = _down(net.down[3], eighth)
-
-    # Context beyond the core, of skip and coarse features, then of the result:
-    quarter = _up(net.up[0], quarter, eighth)  # 4 and 2 -> 2
-    half = _up(net.up[1], half, quarter)  # 4 and 2 -> 2
-    full = _up(net.up[2], full, _crop(half, 1))  # 2 and 1 -> 0
-
-    logits = functional.linear(full.permute(0, 2, 3, 4, 1)[0].float(), net.head_weight, net.head_bias)
+    logits = functional.linear(x.permute(0, 2, 3, 4, 1)[0].float(), net.head_weight, net.head_bias)
     if net.head_weight.shape[0] == 1:
         return torch.sigmoid_(logits[..., 0])
     return torch.softmax(logits, dim=-1)[..., 0].contiguous()
@@ -306,12 +307,14 @@ def _down(block: tuple[Convolution, ...], x: Tensor) -> Tensor:
 def _up(step: UpStep, skip: Tensor, coarse: Tensor) -> Tensor:
     """Join finer and coarser features; 2 voxels less on each side than `skip`."""
     x = _convolve(skip, step.skip)
-    y = _convolve(coarse, step.up)
-    channels, (z, y_, x_) = x.shape[1], y.shape[2:]
+    channels, (z, y, x_) = x.shape[1], (n // 2 for n in x.shape[2:])
     # Slots to voxels, as views: (z, 2, y, 2, x, 2, channel) of both.
-    fine = x.permute(0, 2, 3, 4, 1).view(z, 2, y_, 2, x_, 2, channels)
-    slots = y.permute(0, 2, 3, 4, 1).view(z, y_, x_, 2, 2, 2, channels)
-    fine += slots.permute(0, 3, 1, 4, 2, 5, 6)
+    fine = x.permute(0, 2, 3, 4, 1).view(z, 2, y, 2, x_, 2, channels)
+    if isinstance(step.up, Tensor):
+        fine += step.up.view(1, 2, 1, 2, 1, 2, channels)
+    else:
+        slots = _convolve(coarse, step.up).permute(0, 2, 3, 4, 1).view(z, y, x_, 2, 2, 2, channels)
+        fine += slots.permute(0, 3, 1, 4, 2, 5, 6)
     return _convolve(x.relu_(), step.second)
 
 
@@ -329,9 +332,9 @@ def _pool(x: Tensor, margin: int, most: int) -> tuple[Tensor, int]:
     return functional.max_pool3d(_crop(x, margin - 2 * kept), 2), kept
 
 
-def _widen(x: Tensor, margin: int, wanted: int) -> tuple[Tensor, int]:
+def _widen(x: Tensor, margin: int, wanted: int) -> Tensor:
     """Repeat the outermost features until there are `wanted` voxels of context, or crop to them."""
     if margin >= wanted:
-        return _crop(x, margin - wanted), wanted
+        return _crop(x, margin - wanted)
     wider = functional.pad(x, (wanted - margin,) * 6, mode="replicate")
-    return wider.contiguous(memory_format=torch.channels_last_3d), wanted
+    return wider.contiguous(memory_format=torch.channels_last_3d)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -101,15 +102,17 @@ def test_random_weights_need_the_whole_context(setting: Setting) -> None:
 
 def test_trained_weights_are_local() -> None:
     weights = load_weights("compact")
-    phantom = Phantom(shape=(112, 112, 112), cells_per_mm3=8000.0, tissue="full", seed=1)
+    phantom = Phantom(shape=(112, 112, 120), cells_per_mm3=8000.0, tissue="full", seed=1)
     counts = phantom.render(Box.whole(phantom.shape)).astype(np.float32)
     volume = np.clip((counts - 300) / 8, 0, 100).astype(np.float32)
     statistics = calibrate(weights, volume[None, None, :48, :48, :48].copy())
-    exact = Predictor(weights, statistics=statistics, halo_voxels=48, precision="float32").predict(volume)
-    near = volume[16:-16, 16:-16, 16:-16].copy()
-    got = Predictor(weights, statistics=statistics, halo_voxels=32, precision="float32").predict(near)
+    with torch.inference_mode():
+        plain = freeze(weights.build_encoder(), statistics)(torch.from_numpy(volume)[None, None])
+    exact = plain[0, statistics.foreground_class].numpy()[CORE]
     assert exact.min() < 0.1 < 0.9 < exact.max()
-    np.testing.assert_allclose(got, exact, atol=1e-4)
+    for halo in (32, 40):
+        got = Predictor(weights, statistics=statistics, halo_voxels=halo, precision="float32")
+        np.testing.assert_allclose(got.predict(around(volume, halo)), exact, atol=1e-4)
 
 
 def test_patches_meet_without_a_seam(setting: Setting) -> None:
@@ -133,6 +136,34 @@ def test_the_same_bits_again_and_for_any_number_of_threads_in_bfloat16(setting: 
 def test_bfloat16_is_close(setting: Setting) -> None:
     got = predictor(setting, 48, precision="bfloat16").predict(around(setting[2], 48))
     assert 0 < np.abs(got - setting[3]).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("silenced", "levels", "reach"), [("bot", 3, 30), ("deconv2", 2, 14), ("deconv3", 1, 4)]
+)
+def test_levels_that_cannot_matter_are_left_out(
+    setting: Setting, silenced: str, levels: int, reach: int
+) -> None:
+    weights, _, volume, with_all = setting
+    state = {k: v.clone() for k, v in weights.encoder.items()}
+    state[f"{silenced}.module.6.weight"] *= 1e-30
+    quiet = replace(weights, encoder=state)
+    statistics = calibrate(quiet, np.stack([volume[:32, :32, :32], volume[40:72, 40:72, 40:72]])[:, None])
+    with torch.inference_mode():
+        plain = freeze(quiet.build_encoder(), statistics)(torch.from_numpy(volume)[None, None])
+    expected = plain[0, statistics.foreground_class].numpy()[CORE]
+    assert len(fold(quiet.build_encoder(), statistics).down) == levels
+    halo = -(-reach // 8) * 8
+    got = Predictor(quiet, statistics=statistics, halo_voxels=halo, precision="float32")
+    assert got.reach_voxels == reach
+    np.testing.assert_allclose(got.predict(around(volume, halo)), expected, atol=1e-5)
+    assert np.abs(expected - with_all).max() > 1e-3
+
+
+def test_no_level_is_left_out_without_need(setting: Setting) -> None:
+    weights, statistics, _, _ = setting
+    assert len(fold(weights.build_encoder(), statistics).down) == 4
+    assert predictor(setting, 48).reach_voxels == 46
 
 
 def test_three_classes() -> None:
@@ -208,10 +239,12 @@ import sys
 from pathlib import Path
 import numpy as np
 from braincensus_kernels.models.calibrate import calibrate
-from braincensus_kernels.models.checkpoints import load_weights
+from braincensus_kernels.models.checkpoints import Weights
 from braincensus_kernels.models.predict import Predictor
+from braincensus_kernels.models.wnet3d import COMPACT_CHANNELS, UNet
 core, halo, precision = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-weights = load_weights("compact")
+encoder = UNet(1, 2, channels=COMPACT_CHANNELS, dropout=0.0, softmax=True)
+weights = Weights(encoder.state_dict(), COMPACT_CHANNELS, 2, 1, {}, "", "random")
 rng = np.random.default_rng(0)
 statistics = calibrate(weights, (rng.random((1, 1, 16, 16, 16)) * 100).astype(np.float32))
 ready = Predictor(weights, statistics=statistics, halo_voxels=8, precision=precision, threads=1)
