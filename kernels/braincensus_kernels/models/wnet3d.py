@@ -176,9 +176,9 @@ class WNet3D(nn.Module):
     Examples
     --------
     >>> network = WNet3D(channels=(4, 4, 4, 4)).eval()
-    >>> probabilities, reconstruction = network(torch.zeros(1, 1, 8, 8, 8))
+    >>> probabilities, reconstruction = network(torch.zeros(1, 1, 16, 16, 16))
     >>> tuple(probabilities.shape), tuple(reconstruction.shape)
-    ((1, 2, 8, 8, 8), (1, 1, 8, 8, 8))
+    ((1, 2, 16, 16, 16), (1, 1, 16, 16, 16))
     """
 
     def __init__(
