@@ -125,6 +125,9 @@ class VoronoiOtsu(_Section):
     threshold: Literal["otsu"] | Probability = Field(
         "otsu", description="outline threshold: otsu (of the whole volume's tissue) or a number from 0 to 1"
     )
+    least_threshold: Probability = Field(
+        0.15, description="otsu is never taken below this: where there are no cells, it would split noise"
+    )
     max_radius_um: PositiveFloat = Field(
         50.0, description="a cell's voxels lie within this geodesic distance of its seed; sets the halo"
     )

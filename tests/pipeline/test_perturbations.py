@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from braincensus import open_volume
 
 VOXEL_SIZE_UM = (5.0, 5.26, 5.26)

@@ -2,7 +2,8 @@
 
 Otsu belongs to the volume: taken per block, it invents cells in every block that has none. The
 histogram is of the smoothed foreground probability over tissue, summed exactly over blocks, on
-bins fixed from probability 0 to 1, so that neither the blocks nor empty space can move it.
+bins fixed from probability 0 to 1, so that neither the blocks nor empty space can move it. In a
+volume without cells Otsu would split noise; so it has a least value, far below that of real cells.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from braincensus.blocks import BlockGrid
-from braincensus.errors import InputError, explain
 from braincensus.planning import LATTICE
 from braincensus.stages.intensity import TILE_MEDIAN, tiles_of
 from braincensus.stages.segment import PROBABILITY, PROBABILITY_TOP
@@ -35,13 +35,7 @@ class _Threshold:
 
 
 def run(context: Context, *, tissue_threshold: float) -> float:
-    """Return the threshold of the outline-smoothed probability, as stored: from 0 to `PROBABILITY_TOP`.
-
-    Raises
-    ------
-    InputError
-        If the foreground is flat, so that there is nothing to separate.
-    """
+    """Return the threshold of the outline-smoothed probability, as stored: from 0 to `PROBABILITY_TOP`."""
     plan = context.plan
     labelling = plan.config.labelling
     if labelling.threshold != "otsu":
@@ -60,18 +54,8 @@ def run(context: Context, *, tissue_threshold: float) -> float:
             name="threshold-block",
         ):
             counts += block_counts
-    if np.count_nonzero(counts) < 2:
-        raise InputError(
-            explain(
-                "no foreground stands out anywhere in the tissue",
-                expected="a foreground probability that varies",
-                found="one value for all of it",
-                cause="a channel without cells, or weights that do not suit this kind of image",
-                remedy="look at the probability in a viewer; try --foreground intensity, or give "
-                "a number as --threshold",
-            )
-        )
-    return otsu_threshold(counts, 0.0, PROBABILITY_TOP)
+    least = labelling.least_threshold * PROBABILITY_TOP
+    return max(least, otsu_threshold(counts, 0.0, PROBABILITY_TOP)) if counts.any() else least
 
 
 def read_foreground(output: Output, box: Box, floor: float | None) -> np.ndarray:
