@@ -41,6 +41,7 @@ benchmarks: $(VENV)/.installed  ## every figure of benchmarks/RESULTS.md, on thi
 	$(BIN)/python benchmarks/label.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/perturbations.py
+	$(BIN)/python benchmarks/quality.py
 
 clean:           ## remove the environment and the demo
 	rm -rf $(VENV) $(DEMO_DIR)

@@ -59,7 +59,7 @@ def measure(gigabytes: float, block: int, workers: int, folder: Path) -> None:
         threads = resources.threads
     voxels = shape[0] * shape[1] * shape[2]
     print(
-        f"| {2 * voxels / 1e9:.2f} GB | {" x ".join(map(str, shape))} | {block} | {workers} x {threads} "
+        f"| {2 * voxels / 1e9:.2f} GB | {shape[0]}x{shape[1]}x{shape[2]} | {block} | {workers} x {threads} "
         f"| {max(peaks.values()):.0f} MiB | {peak_mib():.0f} MiB | {result.n_cells:,} of {phantom.n_cells:,} "
         f"| {result.seams['exact']} | {written:.0f} s | {seconds:.0f} s | {voxels / seconds / 1e6:.2f} |",
         flush=True,
