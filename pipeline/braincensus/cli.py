@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,6 +68,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier
 
 @app.command()
 def run(
+    context: typer.Context,
     input: Input,
     output: Output,
     config: ConfigFile = None,
@@ -95,29 +96,7 @@ def run(
         import braincensus
         from braincensus.report.console import ConsoleProgress, result_table
 
-        settings = _settings(
-            config=config,
-            input={
-                "channel": channel,
-                "timepoint": timepoint,
-                "level": level,
-                "voxel_size_um": _triple(voxel_size, "--voxel-size"),
-            },
-            foreground=_foreground(foreground, weights),
-            labelling={
-                "spot_sigma": _triple(spot_sigma, "--spot-sigma"),
-                "outline_sigma": _triple(outline_sigma, "--outline-sigma"),
-                "foreground_threshold": foreground_threshold,
-                "threshold": _threshold(threshold),
-            },
-            filters={"min_volume_um3": min_volume, "max_volume_um3": max_volume},
-            compute={
-                "block_voxels": _whole(_triple(block_size, "--block-size"), "--block-size"),
-                "device": device,
-                "cluster": cluster,
-                "workers": workers,
-            },
-        )
+        settings = _settings(context.params)
         if dry_run:
             _show_plan(input, settings)
             return
@@ -128,6 +107,7 @@ def run(
 
 @app.command()
 def plan(
+    context: typer.Context,
     input: Input,
     config: ConfigFile = None,
     channel: Channel = None,
@@ -145,27 +125,7 @@ def plan(
 ) -> None:
     """Print what a run would do: blocks, halo, memory, disk, time. Nothing is computed or written."""
     with _explaining():
-        settings = _settings(
-            config=config,
-            input={
-                "channel": channel,
-                "timepoint": timepoint,
-                "level": level,
-                "voxel_size_um": _triple(voxel_size, "--voxel-size"),
-            },
-            foreground=_foreground(foreground, weights),
-            labelling={
-                "spot_sigma": _triple(spot_sigma, "--spot-sigma"),
-                "outline_sigma": _triple(outline_sigma, "--outline-sigma"),
-            },
-            compute={
-                "block_voxels": _whole(_triple(block_size, "--block-size"), "--block-size"),
-                "device": device,
-                "cluster": cluster,
-                "workers": workers,
-            },
-        )
-        _show_plan(input, settings)
+        _show_plan(input, _settings(context.params))
 
 
 @app.command()
@@ -231,11 +191,9 @@ def phantom(
         from braincensus.phantom import make_phantom, write_phantom
         from braincensus.report.console import ConsoleProgress
 
-        shape = _whole(_triple(size, "--size"), "--size")
-        voxel = _triple(voxel_size, "--voxel-size")
-        assert shape is not None
-        assert voxel is not None
-        made = make_phantom(shape=shape, n_cells=cells, seed=seed, voxel_size_um=voxel)
+        shape = _whole(size, "--size")
+        voxel_um = _triple(voxel_size, "--voxel-size")
+        made = make_phantom(shape=shape, n_cells=cells, seed=seed, voxel_size_um=voxel_um)
         with ConsoleProgress(_out) as progress:
             progress.start("phantom", shape[0] * shape[1] * shape[2])
             write_phantom(
@@ -273,10 +231,10 @@ def train(
             trained = train_from_paths(
                 inputs,
                 out,
-                voxel_size_um=_triple(voxel_size, "--voxel-size"),
+                voxel_size_um=None if voxel_size is None else _triple(voxel_size, "--voxel-size"),
                 channel=channel or 0,
                 level=level or 0,
-                channels=tuple(int(n) for n in channels.split(",")),
+                channels=_channels(channels),
                 steps=steps,
                 crop_voxels=crop,
                 batch=batch,
@@ -336,31 +294,26 @@ def _plain(text: str) -> str:
     return escape(text)
 
 
-def _settings(*, config: Path | None, **sections: Any) -> Any:
-    """Merge the options that were given into the configuration file, or the defaults."""
+def _settings(options: dict[str, Any]) -> Any:
+    """Merge the options that were given into the configuration file, or into the defaults."""
     from braincensus.config import RunConfig
-
-    base = RunConfig() if config is None else RunConfig.from_yaml(config)
-    given = {
-        name: {key: value for key, value in section.items() if value is not None}
-        for name, section in sections.items()
-    }
-    return base.merged({name: section for name, section in given.items() if section}, source="the options")
-
-
-def _foreground(model: str | None, weights: str | None) -> dict[str, Any]:
     from braincensus.errors import ConfigError
 
-    if weights is not None and model == "intensity":
+    if options.get("weights") is not None and options.get("foreground") == "intensity":
         raise ConfigError("--weights has no meaning with --foreground intensity: it uses no network")
-    return {"model": model, "weights": weights}
+    base = RunConfig() if options["config"] is None else RunConfig.from_yaml(options["config"])
+    changes: dict[str, dict[str, Any]] = {}
+    for name, (section, field, read) in _FIELDS.items():
+        given = options.get(name)
+        if given is not None:
+            option = "--" + name.replace("_", "-")
+            changes.setdefault(section, {})[field] = read(given, option) if read else given
+    return base.merged(changes, source="the options")
 
 
-def _triple(text: str | None, option: str) -> tuple[float, float, float] | None:
+def _triple(text: str, option: str) -> tuple[float, float, float]:
     from braincensus.errors import ConfigError, explain
 
-    if text is None:
-        return None
     try:
         numbers = [float(part) for part in text.replace("x", ",").split(",")]
     except ValueError:
@@ -376,22 +329,51 @@ def _triple(text: str | None, option: str) -> tuple[float, float, float] | None:
     return numbers[0], numbers[1], numbers[2]
 
 
-def _whole(numbers: tuple[float, float, float] | None, option: str) -> tuple[int, int, int] | None:
+def _whole(text: str, option: str) -> tuple[int, int, int]:
     from braincensus.errors import ConfigError
 
-    if numbers is None:
-        return None
+    numbers = _triple(text, option)
     if any(n != int(n) or n < 1 for n in numbers):
-        raise ConfigError(f"{option} needs whole numbers of voxels, at least 1: got {numbers}")
+        raise ConfigError(f"{option} needs whole numbers of voxels, at least 1: got {text}")
     return int(numbers[0]), int(numbers[1]), int(numbers[2])
 
 
-def _threshold(text: str | None) -> str | float | None:
+def _channels(text: str) -> tuple[int, ...]:
     from braincensus.errors import ConfigError
 
-    if text is None or text == "otsu":
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--channels {text!r}: expected four whole numbers, such as 16,32,64,128") from None
+
+
+def _threshold(text: str, option: str) -> str | float:
+    from braincensus.errors import ConfigError
+
+    if text == "otsu":
         return text
     try:
         return float(text)
     except ValueError:
-        raise ConfigError(f"--threshold {text!r}: expected `otsu` or a number from 0 to 1") from None
+        raise ConfigError(f"{option} {text!r}: expected `otsu` or a number from 0 to 1") from None
+
+
+_FIELDS: dict[str, tuple[str, str, Callable[[str, str], Any] | None]] = {
+    "channel": ("input", "channel", None),
+    "timepoint": ("input", "timepoint", None),
+    "level": ("input", "level", None),
+    "voxel_size": ("input", "voxel_size_um", _triple),
+    "foreground": ("foreground", "model", None),
+    "weights": ("foreground", "weights", None),
+    "spot_sigma": ("labelling", "spot_sigma", _triple),
+    "outline_sigma": ("labelling", "outline_sigma", _triple),
+    "foreground_threshold": ("labelling", "foreground_threshold", None),
+    "threshold": ("labelling", "threshold", _threshold),
+    "min_volume": ("filters", "min_volume_um3", None),
+    "max_volume": ("filters", "max_volume_um3", None),
+    "block_size": ("compute", "block_voxels", _whole),
+    "device": ("compute", "device", None),
+    "cluster": ("compute", "cluster", None),
+    "workers": ("compute", "workers", None),
+}
+"""Where each option of `run` and `plan` is in the configuration, and how its text is read."""

@@ -139,6 +139,7 @@ def test_train_writes_weights_that_run_reads(tmp_path, phantom):
     small = ("--steps", 2, "--crop", 16, "--batch", 1, "--channels", "4,4,4,4")
     trained = call("train", tmp_path / "brain.npy", "--out", weights, *voxel, *small)
     assert trained.exit_code == 0, trained.output
+    assert "four whole numbers" in failing("train", "x.npy", "--out", weights, "--channels", "a,b")
     assert "overwrite" in failing("train", tmp_path / "brain.npy", "--out", weights, *voxel, *small)
     planned = call("plan", tmp_path / "brain.npy", *voxel, "--weights", weights)
     assert planned.exit_code == 0, planned.output
