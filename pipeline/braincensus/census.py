@@ -225,7 +225,7 @@ def _weights(config: RunConfig) -> Weights | None:
     if not isinstance(config.foreground, WNet3DForeground):
         return None
     try:
-        return load_weights(config.foreground.weights)
+        return load_weights(_absolute(config.foreground.weights))
     except FileNotFoundError as err:
         raise ConfigError(
             explain(
@@ -237,6 +237,11 @@ def _weights(config: RunConfig) -> Weights | None:
         ) from err
     except ValueError as err:
         raise InputError(f"the weights {config.foreground.weights} cannot be used: {err}") from err
+
+
+def _absolute(weights: str) -> str:
+    """Make a path mean the same file for workers that run in another folder; a name stays a name."""
+    return str(Path(weights).expanduser().resolve()) if Path(weights).suffix else weights
 
 
 def _plan(volume: Volume, config: RunConfig, weights: Weights | None, resources: cluster.Resources) -> Plan:

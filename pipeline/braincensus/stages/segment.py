@@ -80,9 +80,10 @@ def run(context: Context, intensity: IntensityRange, weights: Weights | None) ->
         if isinstance(foreground, WNet3DForeground):
             assert weights is not None
             chosen = _choose_windows(intensity, foreground)
-            statistics = context.client.submit(
-                _calibrate, spec, chosen, key=f"calibrate-{context.output.token}", pure=False
-            ).result()
+            one = BlockGrid((1, 1, 1), (1, 1, 1))
+            ((_, (statistics, reach)),) = context.map(
+                "segment", _calibrate, (spec, tuple(chosen)), one, name="calibrate-norms"
+            )
             context.output.write_work(NORM_STATISTICS, statistics.to_arrays())
             about |= {
                 "norm": foreground.norm,
@@ -91,9 +92,16 @@ def run(context: Context, intensity: IntensityRange, weights: Weights | None) ->
                 "precision": plan.segmentation.precision,
                 "patch_voxels": list(plan.segmentation.patch),
                 "halo_voxels": plan.segmentation.halo,
+                "reach_voxels": reach,
                 "calibration_windows": [list(window.start) for window in chosen],
                 "foreground_class": int(statistics.foreground_class),
             }
+            if reach is not None and reach > plan.segmentation.halo:
+                context.progress.message(
+                    f"these weights look {reach} voxels far, foreground.halo_voxels is "
+                    f"{plan.segmentation.halo}: the same for any blocks, but not quite what one endless "
+                    "patch would give"
+                )
         for _ in context.map(
             "segment",
             _segment_region,
@@ -122,14 +130,21 @@ def _choose_windows(intensity: IntensityRange, foreground: WNet3DForeground) -> 
     return sorted(best[i].box for i in picked)
 
 
-def _calibrate(spec: _Segment, windows: list[Box]) -> NormStatistics:
+def _calibrate(task: tuple[_Segment, tuple[Box, ...]], _: int) -> tuple[NormStatistics, int | None]:
+    """Return the norms' statistics over all windows, and how far the network then looks (None: all of it)."""
+    spec, windows = task
+    assert isinstance(spec.foreground, WNet3DForeground)
     side = tuple(-(-n // LATTICE) * LATTICE for n in windows[0].shape)
     batch = [
         _network_input(spec, Box(w.start, (w.start[0] + side[0], w.start[1] + side[1], w.start[2] + side[2])))
         for w in windows
     ]
+    weights = _weights(spec)
     with device_slot:
-        return calibrate(_weights(spec), np.stack(batch)[:, None], threads=spec.threads)
+        statistics = calibrate(weights, np.stack(batch)[:, None], device=spec.device, threads=spec.threads)
+    if spec.foreground.norm == "window":
+        return statistics, None
+    return statistics, _predictor(spec, weights, statistics).reach_voxels
 
 
 def _segment_region(spec: _Segment, number: int) -> None:
@@ -143,7 +158,7 @@ def _segment_region(spec: _Segment, number: int) -> None:
 
 
 def _network_foreground(spec: _Segment, core: Box) -> np.ndarray:
-    predictor = keep("predictor", spec.output.token, lambda: _predictor(spec))
+    predictor = keep("predictor", spec.output.token, lambda: _load_predictor(spec))
     halo = spec.segmentation.halo
     probability = np.empty(core.shape, dtype=np.float32)
     for patch in core.align(LATTICE).tiles(spec.segmentation.patch):
@@ -155,12 +170,17 @@ def _network_foreground(spec: _Segment, core: Box) -> np.ndarray:
     return probability
 
 
-def _predictor(spec: _Segment) -> Predictor:
+def _load_predictor(spec: _Segment) -> Predictor:
+    statistics = NormStatistics.from_arrays(spec.output.read_work(NORM_STATISTICS))
+    return _predictor(spec, _weights(spec), statistics)
+
+
+def _predictor(spec: _Segment, weights: Weights, statistics: NormStatistics) -> Predictor:
     assert isinstance(spec.foreground, WNet3DForeground)
     return Predictor(
-        _weights(spec),
+        weights,
         norm=spec.foreground.norm,
-        statistics=NormStatistics.from_arrays(spec.output.read_work(NORM_STATISTICS)),
+        statistics=statistics,
         halo_voxels=spec.segmentation.halo,
         precision=spec.segmentation.precision,
         device=spec.device,
