@@ -20,8 +20,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed  ## make a phantom, census it with WNet3D, compare with the truth, draw the picture
 	$(BIN)/braincensus demo $(DEMO_DIR) --overwrite
 
-test: $(VENV)/.installed  ## the tests (those marked slow or gpu excepted)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test: $(VENV)/.installed  ## the tests and the examples in docstrings (not those marked slow or gpu)
+	$(BIN)/python -m pytest -m "not slow and not gpu" --doctest-modules tests pipeline kernels
 
 test-slow: $(VENV)/.installed  ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"
