@@ -1,6 +1,6 @@
 """Local background from the map of tile medians, and the foreground that is what exceeds it.
 
-Between intensity and threshold in the flow, for the foreground model without a network. Background
+Between intensity and threshold in the flow, for every foreground model. Background
 is slow, so it is smoothed on tiles (512 times fewer than voxels) and interpolated. It is a local
 function: what a voxel gets depends on the tiles within `background_reach_tiles` of its own, in the
 same order of the same operations wherever the block's borders lie, so it has the same bits for any

@@ -87,7 +87,11 @@ class WNet3DForeground(_Section):
         (128, 128, 128), description="voxels that one network patch writes; multiples of 8"
     )
     halo_voxels: int = Field(
-        32, ge=0, le=96, multiple_of=8, description="context around a patch; 48 is exact, 32 within 1e-5"
+        32,
+        ge=0,
+        le=96,
+        multiple_of=8,
+        description="context around a patch; 48 is exact for any weights, far less for the shipped ones",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="arithmetic of the network; auto: bfloat16 where the processor has it"

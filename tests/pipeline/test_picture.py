@@ -165,7 +165,9 @@ def test_a_volume_on_disk_is_drawn_from_its_path(tmp_path: Path) -> None:
 
 def test_a_constant_image_and_an_empty_census_draw(tmp_path: Path) -> None:
     flat = Projection(np.full((10, 40), 7.0), (5.0, 5.0), (0.0, 0.0), (50.0, 50.0, 200.0))
-    draw(tmp_path / "p.png", image=flat, cells=table(), density=np.zeros((1, 1, 2)))
+    drawn = draw(tmp_path / "p.png", image=flat, cells=table(), density=np.zeros((1, 1, 2)))
+    assert drawn.shape[:2] == (1080, 1920)
+    assert len(np.unique(drawn)) > 10  # titles, axes and the colour bar are there
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
