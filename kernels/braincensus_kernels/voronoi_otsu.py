@@ -19,53 +19,17 @@ of `kept` are those of the whole volume, if the seeds are (see the module `seeds
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from braincensus_kernels.backend import to_numpy
+from braincensus_kernels.block_labels import BlockLabels
 from braincensus_kernels.boxes import Box, Triple
 from braincensus_kernels.filters import Sigma, as_sigmas, blur_radii, gaussian_blur
 from braincensus_kernels.growth import Growth, grow
 from braincensus_kernels.histogram import OTSU_BINS, count_values, otsu_threshold
 from braincensus_kernels.seeds import SeedRule, Seeds, find_seeds
-
-
-@dataclass(frozen=True)
-class BlockLabels:
-    """Labels of one block.
-
-    Attributes
-    ----------
-    labels
-        uint32 over `kept`, local ids 1..n, 0 for background; of the array library of the image.
-    kept
-        The core and one voxel around it, clipped to the volume.
-    seeds
-        int64 ``(n,)``: raster index in the volume of the seed of local id i + 1, ascending: the identity of
-        the cell in every block that holds a part of it.
-    growth_steps
-        The last step that labelled a voxel of the core; the largest of all blocks is the volume's.
-    stopped_by_bound
-        Whether foreground of the core was left out that more steps would have reached.
-    foreground_voxels
-        Foreground voxels of the core.
-    unreached_voxels
-        Those of them that are in no cell: no seed reaches them, or none within the bound.
-    complete
-        False: a flat maximum whose seed may matter here continues beyond what was given, so the labels may be
-        wrong; label again with a larger `outer`. True: the labels are exact.
-    """
-
-    labels: Any
-    kept: Box
-    seeds: np.ndarray[Any, np.dtype[np.int64]]
-    growth_steps: int
-    stopped_by_bound: bool
-    foreground_voxels: int
-    unreached_voxels: int
-    complete: bool
 
 
 def reach_voxels(spot_sigma: Sigma, outline_sigma: Sigma, max_steps: int) -> Triple:

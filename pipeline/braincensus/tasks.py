@@ -10,7 +10,7 @@ the network: a worker has several threads and only one of them holds `worker.dev
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -65,49 +65,97 @@ class Context:
         ----------
         stage
             Whose progress advances.
-        function
-            A module-level function; it must be safe to run twice (a lost worker's blocks are redone).
-        spec
-            A small frozen value that every task gets.
+        function, spec, name
+            As for :func:`map_blocks`.
         grid
             The blocks; the progress moves by the voxels of their cores.
-        name
-            What the Dask dashboard shows.
 
         Raises
         ------
         BraincensusError
-            As the task raised it, with the stage and block added.
-        BlockError
-            If a task failed in another way, or killed its workers.
+            As :func:`map_blocks`.
         """
-        token = uuid4().hex[:12]
-        waiting = iter(range(len(grid)))
-        limit = _IN_FLIGHT_PER_THREAD * self.plan.resources.threads * self.plan.resources.workers
-        submitted = {}
+        at_once = _IN_FLIGHT_PER_THREAD * self.plan.resources.threads * self.plan.resources.workers
+        tasks = map_blocks(
+            function, spec, range(len(grid)), client=self.client, at_once=at_once, stage=stage, name=name
+        )
+        for number, result in tasks:
+            self.progress.advance(stage, grid[number].core.size)
+            yield number, result
 
-        def submit(number: int) -> Any:
-            future = self.client.submit(function, spec, number, key=f"{name}-{token}-{number}", pure=False)
-            submitted[future.key] = number
-            return future
 
-        pending = as_completed([submit(number) for number in islice(waiting, limit)])
-        try:
-            for future in pending:
-                number = submitted.pop(future.key)
-                try:
-                    result = future.result()
-                except Exception as err:
-                    raise _explained(err, stage, number) from err
-                future.release()
-                for following in islice(waiting, 1):
-                    pending.add(submit(following))
-                self.progress.advance(stage, grid[number].core.size)
-                yield number, result
-        finally:
-            remaining = list(pending.futures)
-            if remaining:
-                self.client.cancel(remaining)
+def map_blocks(
+    function: Callable[[Any, int], T],
+    spec: Any,
+    numbers: Iterable[int],
+    *,
+    client: Client | None,
+    at_once: int | None = None,
+    stage: str,
+    name: str,
+) -> Iterator[tuple[int, T]]:
+    """Run ``function(spec, number)`` for every number, yielding results as they arrive, in any order.
+
+    Parameters
+    ----------
+    function
+        A module-level function; it must be safe to run twice (a lost worker's blocks are redone).
+    spec
+        A small frozen value that every task gets.
+    numbers
+        Of blocks; drawn as results arrive.
+    client
+        Whose cluster to use; None: one after the other, in this process.
+    at_once
+        Tasks in flight at most, so that client and scheduler stay small; None: three for each thread of the
+        cluster.
+    stage
+        What errors call it.
+    name
+        What the Dask dashboard shows.
+
+    Raises
+    ------
+    BraincensusError
+        As the task raised it, with the stage and block added.
+    BlockError
+        If a task failed in another way, or killed its workers.
+    """
+    if client is None:
+        for number in numbers:
+            try:
+                result = function(spec, number)
+            except Exception as err:
+                raise _explained(err, stage, number) from err
+            yield number, result
+        return
+    if at_once is None:
+        at_once = _IN_FLIGHT_PER_THREAD * max(1, sum(client.nthreads().values()))
+    token = uuid4().hex[:12]
+    waiting = iter(numbers)
+    submitted = {}
+
+    def submit(number: int) -> Any:
+        future = client.submit(function, spec, number, key=f"{name}-{token}-{number}", pure=False)
+        submitted[future.key] = number
+        return future
+
+    pending = as_completed([submit(number) for number in islice(waiting, at_once)])
+    try:
+        for future in pending:
+            number = submitted.pop(future.key)
+            try:
+                result = future.result()
+            except Exception as err:
+                raise _explained(err, stage, number) from err
+            future.release()
+            for following in islice(waiting, 1):
+                pending.add(submit(following))
+            yield number, result
+    finally:
+        remaining = list(pending.futures)
+        if remaining:
+            client.cancel(remaining)
 
 
 def _explained(err: Exception, stage: str, number: int) -> BraincensusError:

@@ -27,12 +27,13 @@ from braincensus.store import Output, chunk_and_shard
 from braincensus.tasks import Context
 from braincensus.volume import Volume
 from braincensus_kernels.backend import to_device, to_numpy
+from braincensus_kernels.block_labels import BlockLabels
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.faces import face_beliefs
 from braincensus_kernels.intensity import IntensityScale
 from braincensus_kernels.measure import measure_labels
 from braincensus_kernels.seeds import SeedRule
-from braincensus_kernels.voronoi_otsu import BlockLabels, label_block
+from braincensus_kernels.voronoi_otsu import label_block
 
 LOCAL_LABELS = "braincensus/local_labels"
 
