@@ -4,14 +4,15 @@ After measure in the flow, for the rules that make one cell of two labels: each 
 neighbouring voxels that have two labels, `merge_touching` adds the blocks up by cell, `border_within` finds
 the pairs whose border is as bright as a cell's inside.
 
-Every pair of 26-neighbours u, v is counted once, whatever the blocks: v is u plus one of the 13 forward
-`measure.DIRECTIONS`, and the block whose core holds u counts it. All counts and sums are int64.
+A contact is two 26-neighbours u, v with two labels. It is counted twice, once seen from either voxel, by
+the block whose core holds that voxel: exactly where `measure.measure_labels` counts a crossing. All counts
+and sums are int64.
 
-Why the counts are kept by direction: a cell's surface comes from its crossings, how often it ends at a step
-along each direction (`measure.measure_labels`). When two labels turn out to be one cell, it does not end
-between them: each contact along direction k was counted as a crossing twice, once from either voxel. So the
-crossings of the whole cell are the sum of both labels' less ``2 * contacts_k``, exactly; see
-`crossing_correction`.
+Why the counts are kept by direction, and by view: a cell's surface comes from its crossings, how often it
+ends at a step along each direction. When two labels turn out to be one cell, it does not end between them:
+the crossings of the whole cell are the sum of both labels' less their contacts. Of two blocks that hold u
+and v, one may know a cell by two labels and the other by one (it sees where they meet): then only the first
+counted a crossing, and only it counts a contact. See `crossing_correction`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ TOUCHING_COLUMNS: tuple[str, ...] = ("a", "b", *_CONTACTS, "face_contacts", "sum
 def touching_pairs(
     labels: NDArray[Any], *, kept: Box, core: Box, n_labels: int, probability: NDArray[np.uint16]
 ) -> Columns:
-    """Count the contacts between local labels 1..n that start in the core.
+    """Count the contacts between local labels 1..n, as seen from the voxels of the core.
 
     Parameters
     ----------
@@ -53,9 +54,9 @@ def touching_pairs(
     -------
     dict of str to int64 arrays
         One row for each two labels ``a`` < ``b`` that touch, sorted by them. ``contacts_00`` ...
-        ``contacts_12``: pairs of voxels, one of either label, that are one step along each of `DIRECTIONS`
-        apart. ``face_contacts``: those of them that share a face of a voxel; ``sum_probability``: the
-        probabilities of both voxels, added up over these.
+        ``contacts_12``: how often a core's voxel of one label has a voxel of the other one step along each
+        of `DIRECTIONS`, forwards or backwards. ``face_contacts``: those of them that share a face of a
+        voxel; ``sum_probability``: the probabilities of both voxels, added up over these.
 
     Raises
     ------
@@ -68,7 +69,7 @@ def touching_pairs(
     >>> labels, p = np.array([[[1, 1, 2, 0]]], np.uint32), np.array([[[9, 8, 6, 1]]], np.uint16)
     >>> rows = touching_pairs(labels, kept=box, core=box, n_labels=2, probability=p)
     >>> [int(rows[name][0]) for name in ("a", "b", "contacts_00", "face_contacts", "sum_probability")]
-    [1, 2, 1, 1, 14]
+    [1, 2, 2, 2, 28]
     """
     if labels.shape != kept.shape or probability.shape != kept.shape:
         raise ValueError(
@@ -126,38 +127,39 @@ def _touch(  # pragma: no cover - compiled
                     continue
                 if label > n_labels:
                     return keys[:n], sums[:n], np.int64(label)
-                near_side = z == nz - 1 or y == 0 or y == ny - 1 or x == 0 or x == nx - 1
+                at_side = z == 0 or z == nz - 1 or y == 0 or y == ny - 1 or x == 0 or x == nx - 1
                 for d in range(n_directions):
-                    if near_side:
-                        b, c = y + directions[d, 1], x + directions[d, 2]
-                        if z + directions[d, 0] >= nz or b < 0 or b >= ny or c < 0 or c >= nx:
+                    for sign in (1, -1):
+                        a = z + sign * directions[d, 0]
+                        b = y + sign * directions[d, 1]
+                        c = x + sign * directions[d, 2]
+                        if at_side and not (0 <= a < nz and 0 <= b < ny and 0 <= c < nx):
                             continue
-                    other = flat[at + offsets[d]]
-                    if other == label or other == 0:
-                        continue
-                    if other > n_labels:
-                        return keys[:n], sums[:n], np.int64(other)
-                    key = np.int64(min(label, other)) * (n_labels + 1) + np.int64(max(label, other))
-                    if key != last_key:
-                        if n == len(keys):
-                            keys = np.concatenate((keys, np.empty_like(keys)))
-                            sums = np.concatenate((sums, np.zeros_like(sums)))
-                            slots = np.full(2 * len(slots), -1, np.int64)
-                            for r in range(n):
-                                slots[_place(keys[r], slots, keys)] = r
-                        place = _place(key, slots, keys)
-                        if slots[place] < 0:
-                            slots[place] = n
-                            keys[n] = key
-                            n += 1
-                        row = slots[place]
-                        last_key = key
-                    sums[row, d] += 1
-                    if across_face[d]:
-                        sums[row, n_directions] += 1
-                        sums[row, n_directions + 1] += np.int64(probability[z, y, x]) + np.int64(
-                            probability[z + directions[d, 0], y + directions[d, 1], x + directions[d, 2]]
-                        )
+                        other = flat[at + sign * offsets[d]]
+                        if other == label or other == 0:
+                            continue
+                        if other > n_labels:
+                            return keys[:n], sums[:n], np.int64(other)
+                        key = np.int64(min(label, other)) * (n_labels + 1) + np.int64(max(label, other))
+                        if key != last_key:
+                            if n == len(keys):
+                                keys = np.concatenate((keys, np.empty_like(keys)))
+                                sums = np.concatenate((sums, np.zeros_like(sums)))
+                                slots = np.full(2 * len(slots), -1, np.int64)
+                                for r in range(n):
+                                    slots[_place(keys[r], slots, keys)] = r
+                            place = _place(key, slots, keys)
+                            if slots[place] < 0:
+                                slots[place] = n
+                                keys[n] = key
+                                n += 1
+                            row = slots[place]
+                            last_key = key
+                        sums[row, d] += 1
+                        if across_face[d]:
+                            sums[row, n_directions] += 1
+                            both = np.int64(probability[z, y, x]) + np.int64(probability[a, b, c])
+                            sums[row, n_directions + 1] += both
     return keys[:n], sums[:n], np.int64(0)
 
 
@@ -255,7 +257,7 @@ def crossing_correction(cell_of_pair: NDArray[np.int64], pairs: Mapping[str, NDA
     cell_of_pair : int64, one for each row of `pairs`
         The cell that both labels of the row turned out to be; negative where they are two cells.
     pairs
-        Of `merge_touching`.
+        Of `touching_pairs` or `merge_touching`.
 
     Returns
     -------
@@ -274,6 +276,6 @@ def crossing_correction(cell_of_pair: NDArray[np.int64], pairs: Mapping[str, NDA
     correction: Columns = {"seed": seeds}
     for k, name in enumerate(_CONTACTS):
         total = np.zeros(seeds.size, np.int64)
-        np.add.at(total, of_row, 2 * pairs[name][inside])
+        np.add.at(total, of_row, pairs[name][inside])
         correction[f"crossings_{k:02d}"] = total
     return correction
