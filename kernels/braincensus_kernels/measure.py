@@ -18,6 +18,7 @@ from numba import njit
 from numpy.typing import NDArray
 from scipy.spatial import SphericalVoronoi
 
+from braincensus_kernels.backend import array_module, is_cupy, to_numpy
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.intensity import IntensityScale
 
@@ -42,20 +43,20 @@ PROBABILITY_MAX = 65535
 
 
 def measure_labels(
-    labels: NDArray[Any],
+    labels: Any,
     *,
     kept: Box,
     core: Box,
     n_labels: int,
-    intensity_q: NDArray[np.uint32],
-    probability: NDArray[np.uint16],
+    intensity_q: Any,
+    probability: Any,
 ) -> Columns:
     """Sum over the core's voxels, for local labels 1..n.
 
     Parameters
     ----------
     labels : unsigned integer, zyx, shape of `kept`
-        Local labels, 0 is background.
+        Local labels, 0 is background; NumPy or CuPy.
     kept, core : Box
         `kept` is `core` with one voxel more on each side that is not a border of the volume: a
         neighbour that `kept` does not hold lies outside of the volume, and counts as background.
@@ -68,7 +69,7 @@ def measure_labels(
 
     Returns
     -------
-    dict of str to int64 arrays of length `n_labels`
+    dict of str to int64 arrays of length `n_labels`, host memory
         Row i is label i + 1. ``voxels``; ``sum_z``, ``sum_y``, ``sum_x`` of global voxel indices;
         ``sum_intensity``, ``max_intensity``, ``sum_probability``; bounding box ``min_z`` ...
         ``max_x``, global and inclusive; ``crossings_00`` ... ``crossings_12``: for each of
@@ -107,6 +108,11 @@ def measure_labels(
     table[:, last : last + 3] = -1
     table[:, _SUMS.index("max_intensity")] = -1
     inner = core.slices_in(kept)
+    if is_cupy(labels):
+        measure_generic(
+            labels, kept=kept, core=core, intensity_q=intensity_q, probability=probability, table=table
+        )
+        return _as_columns(table)
     largest = _measure(
         np.ascontiguousarray(labels),
         np.array([s.start for s in inner]),
@@ -119,7 +125,86 @@ def measure_labels(
     )
     if largest > n_labels:
         raise ValueError(f"label {largest} is larger than n_labels {n_labels}")
+    return _as_columns(table)
+
+
+def _as_columns(table: NDArray[np.int64]) -> Columns:
     return {name: np.ascontiguousarray(table[1:, i]) for i, name in enumerate(PARTIAL_COLUMNS)}
+
+
+def measure_generic(
+    labels: Any, *, kept: Box, core: Box, intensity_q: Any, probability: Any, table: NDArray[np.int64]
+) -> None:
+    """Fill the table with whole-array operations of either library: the same rows as the compiled loop.
+
+    Voxels are sorted by label. Sums are differences of running totals, extremes the first and the last of
+    each label when voxels are sorted by their value too: int64 throughout, so nothing is rounded.
+
+    Parameters
+    ----------
+    labels, kept, core, intensity_q, probability
+        As for `measure_labels`; arrays in host memory are moved to where the labels are.
+    table : int64, host memory
+        Row i is label i, columns in the order of `PARTIAL_COLUMNS`; rows of labels without a voxel are left
+        as they are.
+
+    Raises
+    ------
+    ValueError
+        If a label has no row.
+    """
+    xp = array_module(labels)
+    n_labels = len(table) - 1
+    # background all around the core, also where `kept` ends with the volume
+    around = core.dilate(1)
+    padded = xp.zeros(around.shape, labels.dtype)
+    padded[kept.slices_in(around)] = labels
+    flat = padded.reshape(-1)
+    inside = padded[1:-1, 1:-1, 1:-1].reshape(-1)
+    at = xp.flatnonzero(inside)
+    if len(at) == 0:
+        return
+    own = inside[at]
+    largest = int(own.max())
+    if largest > n_labels:
+        raise ValueError(f"label {largest} is larger than n_labels {n_labels}")
+    label = own.astype(xp.int64)
+    voxels = xp.bincount(label, minlength=n_labels + 1)
+    present = xp.flatnonzero(voxels)
+    stop = xp.cumsum(voxels[present])
+    start = stop - voxels[present]
+    order = xp.argsort(label)
+
+    def total(values: Any) -> Any:
+        running = xp.zeros(len(at) + 1, xp.int64)
+        running[1:] = xp.cumsum(values[order])
+        return running[stop] - running[start]
+
+    def extremes(values: Any) -> tuple[Any, Any]:
+        span = int(values.max()) + 1
+        ordered = xp.sort(label * span + values)
+        return ordered[start] - present * span, ordered[stop - 1] - present * span
+
+    _, ny, nx = core.shape
+    in_core = (at // (ny * nx), at // nx % ny, at % nx)
+    intensity = xp.asarray(intensity_q).reshape(-1)[at].astype(xp.int64)
+    found = {
+        "voxels": voxels[present],
+        "sum_intensity": total(intensity),
+        "max_intensity": extremes(intensity)[1],
+        "sum_probability": total(xp.asarray(probability).reshape(-1)[at].astype(xp.int64)),
+    }
+    for axis, position, origin in zip("zyx", in_core, core.start, strict=True):
+        found[f"sum_{axis}"] = total(position) + found["voxels"] * origin
+        low, high = extremes(position)
+        found[f"min_{axis}"], found[f"max_{axis}"] = low + origin, high + origin
+    in_padded = ((in_core[0] + 1) * (ny + 2) + in_core[1] + 1) * (nx + 2) + in_core[2] + 1
+    for name, (dz, dy, dx) in zip(_CROSSINGS, DIRECTIONS.tolist(), strict=True):
+        step = (dz * (ny + 2) + dy) * (nx + 2) + dx
+        ends = (flat[in_padded + step] != own).astype(xp.int64)
+        ends += flat[in_padded - step] != own
+        found[name] = total(ends)
+    table[to_numpy(present)] = to_numpy(xp.stack([found[name] for name in PARTIAL_COLUMNS], axis=1))
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

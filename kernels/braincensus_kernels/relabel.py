@@ -11,6 +11,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from braincensus_kernels.backend import array_module, is_cupy
+
 
 def label_dtype(n_cells: int) -> np.dtype[Any]:
     """Type that holds the labels 0..n: uint32 while it fits, else uint64.
@@ -56,15 +58,19 @@ def number_cells(seeds: NDArray[np.int64], *, kept: NDArray[np.bool_] | None = N
     return np.where(kept, numbers, 0).astype(dtype)
 
 
-def apply_lookup(labels: NDArray[np.uint32], lookup: NDArray[Any]) -> NDArray[Any]:
+def apply_lookup(labels: Any, lookup: Any) -> Any:
     """Replace each local label by its final one.
 
     Parameters
     ----------
     labels : unsigned integer, any shape
-        Local labels, 0..n.
+        Local labels, 0..n; NumPy or CuPy.
     lookup : uint32 or uint64, (n + 1,)
         Final label of each; background stays background, so ``lookup[0]`` is 0.
+
+    Returns
+    -------
+    array of the labels' shape and library and the lookup's type
 
     Raises
     ------
@@ -80,11 +86,22 @@ def apply_lookup(labels: NDArray[np.uint32], lookup: NDArray[Any]) -> NDArray[An
         raise TypeError(f"expected unsigned labels and lookup, got {labels.dtype} and {lookup.dtype}")
     if lookup.ndim != 1 or lookup.size == 0 or lookup[0] != 0:
         raise ValueError("a lookup is 1D and starts with 0 for the background")
+    if is_cupy(labels):
+        return apply_generic(labels, lookup)
     final = np.empty(labels.shape, lookup.dtype)
     largest = _apply(np.ascontiguousarray(labels).reshape(-1), lookup, final.reshape(-1))
     if largest >= lookup.size:
         raise ValueError(f"label {largest} is beyond the lookup, which ends at {lookup.size - 1}")
     return final
+
+
+def apply_generic(labels: Any, lookup: Any) -> Any:
+    """Replace labels with whole-array operations of either library: the same as the compiled loop."""
+    xp = array_module(labels)
+    largest = int(labels.max()) if labels.size else 0
+    if largest >= lookup.size:
+        raise ValueError(f"label {largest} is beyond the lookup, which ends at {lookup.size - 1}")
+    return xp.asarray(lookup)[labels.astype(xp.int64)]
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from skimage.measure import regionprops
 
+from braincensus_kernels import measure
+from braincensus_kernels.backend import cuda_available
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.intensity import IntensityScale
 from braincensus_kernels.measure import (
@@ -87,6 +89,48 @@ def test_blocks_do_not_change_a_cell(seed, shape, block):
         cells_from_partials(merged, voxel_size_um=(5, 2.5, 2.6), scale=scale),
         cells_from_partials(whole, voxel_size_um=(5, 2.5, 2.6), scale=scale),
     )
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    shape=st.tuples(*[st.integers(1, 12)] * 3),
+    block=st.tuples(*[st.integers(1, 13)] * 3),
+    dtype=st.sampled_from([np.uint8, np.uint32, np.uint64]),
+)
+@settings(max_examples=60, deadline=None)
+def test_array_operations_measure_as_the_compiled_loop(seed, shape, block, dtype):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 5, shape).astype(dtype)
+    q = rng.integers(0, 2**32, shape, dtype=np.uint32)
+    probability = rng.integers(0, 65536, shape, dtype=np.uint16)
+    whole = Box.whole(shape)
+    for core in whole.tiles(block):
+        kept = core.dilate(1).clip(shape)
+        values = {"intensity_q": q[core.slices], "probability": probability[core.slices]}
+        arguments = {"kept": kept, "core": core, "n_labels": 6, **values}
+        with pytest.MonkeyPatch.context() as patch:
+            compiled = measure_labels(labels[kept.slices], **arguments)
+            patch.setattr(measure, "is_cupy", lambda array: True)
+            same(measure_labels(labels[kept.slices], **arguments), compiled)
+
+
+def test_array_operations_do_not_round():
+    """Sums beyond 2**53, which float64 weights would round."""
+    shape = (131, 131, 131)
+    box, labels = Box.whole(shape), np.ones(shape, np.uint32)
+    q = np.full(shape, 2**32 - 1, np.uint32)
+    table = np.zeros((2, len(PARTIAL_COLUMNS)), np.int64)
+    probability = np.zeros(shape, np.uint16)
+    measure.measure_generic(labels, kept=box, core=box, intensity_q=q, probability=probability, table=table)
+    assert int(table[1, PARTIAL_COLUMNS.index("sum_intensity")]) == 131**3 * (2**32 - 1)
+
+
+def test_array_operations_refuse_a_label_too_large(monkeypatch):
+    monkeypatch.setattr(measure, "is_cupy", lambda array: True)
+    box = Box.whole((2, 2, 2))
+    labels, q, p = (np.full(box.shape, 2, dtype) for dtype in (np.uint32, np.uint32, np.uint16))
+    with pytest.raises(ValueError, match="label 2 is larger than n_labels 1"):
+        measure_labels(labels, kept=box, core=box, n_labels=1, intensity_q=q, probability=p)
 
 
 def test_columns_agree_with_scikit_image():
@@ -263,3 +307,18 @@ def test_what_does_not_fit_is_refused():
         merge_partials([{**rows, "voxels": rows["voxels"].astype(float)}])
     with pytest.raises(ValueError, match="positive"):
         cells_from_partials(rows, voxel_size_um=(1, 0, 1), scale=IDENTITY)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not cuda_available(), reason="needs an NVIDIA GPU with CuPy")
+def test_gpu_rows_are_the_cpu_rows():
+    import cupy
+
+    rng = np.random.default_rng(6)
+    labels = random_labels(rng, (40, 50, 60)).astype(np.uint32)
+    q = rng.integers(0, 2**24, labels.shape, dtype=np.uint32)
+    probability = rng.integers(0, 65536, labels.shape, dtype=np.uint16)
+    box = Box.whole(labels.shape)
+    arguments = {"kept": box, "core": box, "n_labels": int(labels.max()) + 1}
+    arguments |= {"intensity_q": q, "probability": probability}
+    same(measure_labels(cupy.asarray(labels), **arguments), measure_labels(labels, **arguments))
