@@ -10,6 +10,13 @@ opinion on the first layer beyond its own: which cell, known by its seed, each v
 If the upper and the lower row are equal, voxel for voxel, then joining the cores by seed gives what
 one block would have given there. Where they differ, the two seeds may be one cell seen differently:
 that is decided by overlap on the voxels that both labelled, never because cells touch.
+
+Things without a bound (connected components) go by two numbers in two blocks; they are joined first, by
+the voxels on which both blocks have an anchor of them (see the module `block_labels`). The layers hold
+one voxel more than the core on the sides where the volume goes on. So two blocks that meet in an edge or
+a corner only are joined too: say u and v are neighbours across an edge between blocks a and d. Block b,
+which has faces with both, has both voxels in its layers, as one component; b and a share u, b and d
+share v, so a's number and d's become one through b's.
 """
 
 from __future__ import annotations
@@ -21,17 +28,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from braincensus_kernels.boxes import Box
+from braincensus_kernels.boxes import Box, Triple
 
 _AXES = "zyx"
 _BACKGROUND = -1
 MOST_LISTED = 1000
 """Disagreeing voxels that one face lists; all are counted."""
 
-Beliefs = dict[str, NDArray[np.int64]]
+Beliefs = dict[str, NDArray[Any]]
 
 
-def face_beliefs(labels: NDArray[Any], seeds: NDArray[np.int64], *, kept: Box, core: Box) -> Beliefs:
+def face_beliefs(
+    labels: NDArray[Any],
+    seeds: NDArray[np.int64],
+    *,
+    kept: Box,
+    core: Box,
+    anchors: NDArray[np.bool_] | None = None,
+) -> Beliefs:
     """Collect what a block believes about both sides of each face that has a neighbour.
 
     Parameters
@@ -39,18 +53,20 @@ def face_beliefs(labels: NDArray[Any], seeds: NDArray[np.int64], *, kept: Box, c
     labels : unsigned integer, zyx, shape of `kept`
         Local labels 0..n.
     seeds : int64, (n,)
-        Global voxel index of the seed of each local label, 1 first.
+        Identity of each local label, 1 first.
     kept, core : Box
         `kept` is `core` with one voxel more on each side that has a neighbour; a face without one
         more voxel is a border of the volume.
+    anchors : bool, shape of `kept`, optional
+        Where identities of two blocks are one by construction; see `block_labels.BlockLabels`.
 
     Returns
     -------
-    dict of str to int64 arrays
+    dict of str to arrays
         ``z_low_inside_positions``, ``z_low_inside_seeds``, ``z_low_outside_positions``, ... for axes
         z, y, x, sides low, high, and layers inside (the core's own outermost) and outside (the one
-        beyond it). Positions are flat raster indices in the face's plane of core voxels; background
-        is left out.
+        beyond it). Positions are flat raster indices in the face's plane of `kept`; background is
+        left out. ``..._anchors`` (bool) only where anchors are given.
 
     Examples
     --------
@@ -62,6 +78,8 @@ def face_beliefs(labels: NDArray[Any], seeds: NDArray[np.int64], *, kept: Box, c
     """
     if labels.shape != kept.shape:
         raise ValueError(f"expected labels of {kept.shape}, got {labels.shape}")
+    if anchors is not None and anchors.shape != kept.shape:
+        raise ValueError(f"expected anchors of {kept.shape}, got {anchors.shape}")
     if not (kept.contains(core) and core.dilate(1).contains(kept)):
         raise ValueError(f"kept {kept} must be core {core} with at most one voxel more on each side")
     if core.size == 0:
@@ -76,16 +94,44 @@ def face_beliefs(labels: NDArray[Any], seeds: NDArray[np.int64], *, kept: Box, c
             sides.append(("high", inside_high, inside_high + 1))
         for side, inside, outside in sides:
             for layer, at in (("inside", inside), ("outside", outside)):
-                index = list(core.slices_in(kept))
-                index[axis] = slice(at, at + 1)
-                plane = labels[tuple(index)].reshape(-1)
+                plane = labels.take(at, axis).reshape(-1)
                 positions = np.flatnonzero(plane)
                 local = plane[positions].astype(np.int64)
                 if local.size and local.max() > len(seeds):
                     raise ValueError(f"label {local.max()} has no seed: there are {len(seeds)}")
-                beliefs[f"{name}_{side}_{layer}_positions"] = positions.astype(np.int64)
-                beliefs[f"{name}_{side}_{layer}_seeds"] = np.asarray(seeds, np.int64)[local - 1]
+                key = f"{name}_{side}_{layer}"
+                beliefs[f"{key}_positions"] = positions.astype(np.int64)
+                beliefs[f"{key}_seeds"] = np.asarray(seeds, np.int64)[local - 1]
+                if anchors is not None:
+                    beliefs[f"{key}_anchors"] = anchors.take(at, axis).reshape(-1)[positions]
     return beliefs
+
+
+def joined_by_anchors(
+    low_beliefs: Mapping[str, NDArray[Any]],
+    high_beliefs: Mapping[str, NDArray[Any]],
+    *,
+    axis: int,
+    low: Box,
+    high: Box,
+    volume_shape: Triple,
+) -> NDArray[np.int64]:
+    """Find the identities that are one thing, because both blocks have an anchor of it on one voxel.
+
+    Parameters
+    ----------
+    low_beliefs, high_beliefs, axis, low, high, volume_shape
+        As for `compare_faces`.
+
+    Returns
+    -------
+    int64, (n, 2)
+        Pairs of different identities, each once; for `union_find.connected`.
+    """
+    views = _views(low_beliefs, high_beliefs, axis, low, high, volume_shape, anchors_only=True)
+    by_low, by_high = views.reshape(2, -1)
+    differ = (by_low != _BACKGROUND) & (by_high != _BACKGROUND) & (by_low != by_high)
+    return np.unique(np.stack([by_low[differ], by_high[differ]], axis=1), axis=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,62 +152,91 @@ class FaceAudit:
 
 
 def compare_faces(
-    low_beliefs: Mapping[str, NDArray[np.int64]],
-    high_beliefs: Mapping[str, NDArray[np.int64]],
+    low_beliefs: Mapping[str, NDArray[Any]],
+    high_beliefs: Mapping[str, NDArray[Any]],
     *,
     axis: int,
     low: Box,
     high: Box,
+    volume_shape: Triple,
 ) -> FaceAudit:
     """Compare the beliefs of two neighbours about the face between them.
 
     Parameters
     ----------
     low_beliefs, high_beliefs
-        What `face_beliefs` gave for either block.
+        What `face_beliefs` gave for either block; where identities had to be joined, with each replaced
+        by its representative.
     axis : int
         0, 1, 2 for z, y, x.
     low, high : Box
         Their cores; `low` ends where `high` starts along `axis`, and they share the whole face.
+    volume_shape
+        Shape of the whole volume.
 
     Raises
     ------
     ValueError
         If the blocks are no such neighbours, or one holds no beliefs about that face.
     """
+    views = _views(low_beliefs, high_beliefs, axis, low, high, volume_shape, anchors_only=False)
+    layers = _layers(axis, low, high, volume_shape)
+    by_low, by_high = views.reshape(2, 2, -1)
+
+    # A cell crosses this face where it crosses it in the cores: margins are other faces' voxels.
+    own = np.zeros([n for a, n in enumerate(layers.shape) if a != axis], np.bool_)
+    own[tuple(s for a, s in enumerate(low.intersect(layers).slices_in(layers)) if a != axis)] = True
+    own = own.reshape(-1)
+    of_low, of_high = by_low[0, own], by_high[1, own]
+    crossing = np.intersect1d(of_low[of_low != _BACKGROUND], of_high[of_high != _BACKGROUND])
+    differs = by_low != by_high
+    at_layer, at_position = np.nonzero(differs)
+    return FaceAudit(
+        voxels_compared=differs.size,
+        cells_crossing=len(crossing),
+        voxels_disagreeing=at_layer.size,
+        disagreements=_listed(by_low, by_high, at_layer, at_position, axis, layers),
+        overlaps=_overlaps(by_low, by_high, differs),
+    )
+
+
+def _layers(axis: int, low: Box, high: Box, volume_shape: Triple) -> Box:
+    """Return the voxels of both layers of a face, with the margin that both blocks keep."""
     aside = [a for a in range(3) if a != axis]
     if low.stop[axis] != high.start[axis] or any(
         (low.start[a], low.stop[a]) != (high.start[a], high.stop[a]) for a in aside
     ):
         raise ValueError(f"{low} and {high} do not share a face across axis {axis}")
-    name = _AXES[axis]
-    start, stop = list(low.start), list(high.stop)
-    start[axis], stop[axis] = low.stop[axis] - 1, high.start[axis] + 1
-    shape = [b - a for a, b in zip(start, stop, strict=True)]
-    layer_size = low.size // low.shape[axis]
+    return low.dilate(1).clip(volume_shape).intersect(high.dilate(1).clip(volume_shape))
 
-    # both blocks' view of the two layers, dense: row 0 is the lower block's own, row 1 the upper's
-    by_low, by_high = np.full((2, 2, layer_size), _BACKGROUND, np.int64)
-    for view, beliefs, side, layers in (
-        (by_low, low_beliefs, "high", ("inside", "outside")),
-        (by_high, high_beliefs, "low", ("outside", "inside")),
+
+def _views(
+    low_beliefs: Mapping[str, NDArray[Any]],
+    high_beliefs: Mapping[str, NDArray[Any]],
+    axis: int,
+    low: Box,
+    high: Box,
+    volume_shape: Triple,
+    *,
+    anchors_only: bool,
+) -> NDArray[np.int64]:
+    """Lay out both blocks' view of the two layers, dense: (block, layer, position), the lower ones first."""
+    layers = _layers(axis, low, high, volume_shape)
+    views = np.full((2, 2, layers.size // layers.shape[axis]), _BACKGROUND, np.int64)
+    for view, beliefs, side, order in (
+        (views[0], low_beliefs, "high", ("inside", "outside")),
+        (views[1], high_beliefs, "low", ("outside", "inside")),
     ):
-        for row, layer in enumerate(layers):
-            key = f"{name}_{side}_{layer}"
+        for row, layer in enumerate(order):
+            key = f"{_AXES[axis]}_{side}_{layer}"
             if f"{key}_positions" not in beliefs:
                 raise ValueError(f"no beliefs about {key}: was the block labelled without its neighbour?")
-            view[row, beliefs[f"{key}_positions"]] = beliefs[f"{key}_seeds"]
-
-    crossing = np.intersect1d(by_low[0], by_high[1])
-    differs = by_low != by_high
-    at_layer, at_position = np.nonzero(differs)
-    return FaceAudit(
-        voxels_compared=2 * layer_size,
-        cells_crossing=int((crossing != _BACKGROUND).sum()),
-        voxels_disagreeing=at_layer.size,
-        disagreements=_listed(by_low, by_high, at_layer, at_position, axis, start, shape),
-        overlaps=_overlaps(by_low, by_high, differs),
-    )
+            positions, seeds = beliefs[f"{key}_positions"], beliefs[f"{key}_seeds"]
+            if anchors_only:
+                is_anchor = beliefs[f"{key}_anchors"]
+                positions, seeds = positions[is_anchor], seeds[is_anchor]
+            view[row, positions] = seeds
+    return views
 
 
 def _listed(
@@ -170,11 +245,10 @@ def _listed(
     layer: NDArray[np.int64],
     position: NDArray[np.int64],
     axis: int,
-    start: list[int],
-    shape: list[int],
+    layers: Box,
 ) -> tuple[dict[str, Any], ...]:
-    plane = [1 if a == axis else n for a, n in enumerate(shape)]
-    zyx = np.stack(np.unravel_index(position, plane), axis=1) + start
+    plane = [1 if a == axis else n for a, n in enumerate(layers.shape)]
+    zyx = np.stack(np.unravel_index(position, plane), axis=1) + layers.start
     zyx[:, axis] += layer
     order = np.lexsort((zyx[:, 2], zyx[:, 1], zyx[:, 0]))[:MOST_LISTED]
     seeds = [

@@ -111,7 +111,7 @@ def _touch(  # pragma: no cover - compiled
     """
     nz, ny, nx = labels.shape
     n_directions = len(directions)
-    flat = labels.reshape(-1)
+    flat, likely = labels.reshape(-1), probability.reshape(-1)
     offsets = (directions[:, 0] * ny + directions[:, 1]) * nx + directions[:, 2]
     slots = np.full(256, -1, np.int64)
     keys = np.empty(128, np.int64)
@@ -130,12 +130,14 @@ def _touch(  # pragma: no cover - compiled
                 at_side = z == 0 or z == nz - 1 or y == 0 or y == ny - 1 or x == 0 or x == nx - 1
                 for d in range(n_directions):
                     for sign in (1, -1):
-                        a = z + sign * directions[d, 0]
-                        b = y + sign * directions[d, 1]
-                        c = x + sign * directions[d, 2]
-                        if at_side and not (0 <= a < nz and 0 <= b < ny and 0 <= c < nx):
+                        if at_side and not (
+                            0 <= z + sign * directions[d, 0] < nz
+                            and 0 <= y + sign * directions[d, 1] < ny
+                            and 0 <= x + sign * directions[d, 2] < nx
+                        ):
                             continue
-                        other = flat[at + sign * offsets[d]]
+                        beside = at + sign * offsets[d]
+                        other = flat[beside]
                         if other == label or other == 0:
                             continue
                         if other > n_labels:
@@ -158,7 +160,7 @@ def _touch(  # pragma: no cover - compiled
                         sums[row, d] += 1
                         if across_face[d]:
                             sums[row, n_directions] += 1
-                            both = np.int64(probability[z, y, x]) + np.int64(probability[a, b, c])
+                            both = np.int64(likely[at]) + np.int64(likely[beside])
                             sums[row, n_directions + 1] += both
     return keys[:n], sums[:n], np.int64(0)
 

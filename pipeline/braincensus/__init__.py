@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from braincensus.blockwise import label_blocks
     from braincensus.census import plan, run
     from braincensus.config import RunConfig
     from braincensus.errors import (
@@ -39,6 +40,7 @@ _HOME = {
     "Result": "result",
     "RunConfig": "config",
     "Volume": "volume",
+    "label_blocks": "blockwise",
     "open_result": "result",
     "open_volume": "volume",
     "plan": "census",
@@ -59,6 +61,7 @@ __all__ = [
     "RunConfig",
     "Volume",
     "__version__",
+    "label_blocks",
     "open_result",
     "open_volume",
     "plan",

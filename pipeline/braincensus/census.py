@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +44,23 @@ _RECORDED = (
     "scipy",
     "numba",
     "monai",
+)
+
+_WORKING_FILES = (
+    "ids",
+    "owned",
+    "foreign",
+    "faces",
+    "touching",
+    "merged",
+    "local_labels",
+    "seeds.npy",
+    "contributors.npy",
+    "contributors_from.npy",
+    "aliases_none.npy",
+    "aliases_joined.npy",
+    "aliases_audited.npy",
+    "aliases_merged.npy",
 )
 
 
@@ -135,27 +152,33 @@ def _run_stages(context: Context, weights: Weights | None) -> Result:
     store.update_provenance({"foreground": foreground})
     outline = threshold.run(context, tissue_threshold=ranges.tissue_threshold)
     blocks = label.run(context, scale=ranges.scale, threshold=outline)
-    index, seams = stitch.run(context, blocks)
+    index, seams, counts = stitch.run(context, blocks, ranges.scale)
     relabel.run(context, index)
-    measure.run(context, index, ranges.scale)
+    beside_seams = measure.run(context, index, ranges.scale)
     levels = pyramid.run(context)
     write_blocks_table(store, [block.row() for block in blocks])
     store.update_provenance(
         {
             "n_cells": index.n_cells,
             "labelling": {
+                "method": plan.config.labelling.method,
                 "outline_threshold": outline / segment.PROBABILITY_TOP,
-                "max_steps_voxels": plan.max_steps,
+                "labeller": asdict(plan.labeller),
+                "reach_voxels": list(plan.labeller.reach),
                 "growth_steps_seen": max(block.growth_steps for block in blocks),
                 "halo_voxels": list(plan.label_grid.halo),
                 "block_voxels": list(plan.label_grid.block_shape),
+                **counts,
             },
-            "seams": seams.summary(),
+            "seams": {
+                **seams.summary(),
+                "density_check": beside_seams.summary() if beside_seams else None,
+            },
             "timings_s": context.timings_s,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
     )
-    store.remove_work("partials", "faces", "merged", "seeds.npy", "local_labels")
+    store.remove_work(*_WORKING_FILES)
     store.finalise(levels=levels, density_bin_um=plan.config.density.bin_um)
     return Result(store)
 

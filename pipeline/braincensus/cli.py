@@ -46,6 +46,14 @@ Foreground = Annotated[
 Weights = Annotated[
     str | None, typer.Option(help="weights of WNet3D: compact, or a path", show_default="compact")
 ]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        metavar="voronoi-otsu|components|watershed",
+        help="how cells are told apart",
+        show_default="voronoi-otsu",
+    ),
+]
 SpotSigma = Annotated[
     str | None, typer.Option(metavar="S|Z,Y,X", help="blur before seeds; larger: fewer cells")
 ]
@@ -56,8 +64,46 @@ ForegroundThreshold = Annotated[
 Threshold = Annotated[
     str | None, typer.Option(metavar="otsu|FLOAT", help="outline threshold", show_default="otsu")
 ]
+Seeds = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RULE",
+        help="voronoi-otsu: plateau or strict; watershed: threshold or distance",
+        show_default="plateau; threshold",
+    ),
+]
+SeedThreshold = Annotated[
+    float | None, typer.Option(metavar="P", help="watershed: seeds are above it", show_default="0.9")
+]
+MaxRadius = Annotated[
+    float | None,
+    typer.Option(metavar="UM", help="how far cells reach from their seed; sets the halo", show_default="50"),
+]
+ClosingRadius = Annotated[
+    float | None, typer.Option(metavar="UM", help="close small holes of the foreground first, by a ball")
+]
+MergeBorder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LOW,HIGH",
+        help="merge touching cells whose border's mean probability is in this range (the paper: 0.35,1)",
+    ),
+]
 MinVolume = Annotated[float | None, typer.Option(metavar="UM3", help="remove smaller cells")]
-MaxVolume = Annotated[float | None, typer.Option(metavar="UM3", help="remove larger cells (artefacts)")]
+MaxVolume = Annotated[float | None, typer.Option(metavar="UM3", help="remove larger cells")]
+MaxObjectVolume = Annotated[
+    float | None,
+    typer.Option(metavar="UM3", help="remove artefacts: objects of touching cells that are larger"),
+]
+MinSphericity = Annotated[
+    float | None, typer.Option(metavar="S", help="remove less round cells; a ball has 1")
+]
+MinIntensity = Annotated[
+    float | None, typer.Option(metavar="I", help="remove cells with a lower mean intensity")
+]
+MaxIntensity = Annotated[
+    float | None, typer.Option(metavar="I", help="remove cells with a higher mean intensity")
+]
 Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", show_default="auto")]
 Cluster = Annotated[
     str | None, typer.Option(metavar="local|ADDRESS", help="Dask scheduler to use", show_default="local")
@@ -79,12 +125,22 @@ def run(
     block_size: BlockSize = None,
     foreground: Foreground = None,
     weights: Weights = None,
+    method: Method = None,
     spot_sigma: SpotSigma = None,
     outline_sigma: OutlineSigma = None,
     foreground_threshold: ForegroundThreshold = None,
     threshold: Threshold = None,
+    seeds: Seeds = None,
+    seed_threshold: SeedThreshold = None,
+    max_radius: MaxRadius = None,
+    closing_radius: ClosingRadius = None,
+    merge_border: MergeBorder = None,
     min_volume: MinVolume = None,
     max_volume: MaxVolume = None,
+    max_object_volume: MaxObjectVolume = None,
+    min_sphericity: MinSphericity = None,
+    min_intensity: MinIntensity = None,
+    max_intensity: MaxIntensity = None,
     device: Device = None,
     cluster: Cluster = None,
     workers: Workers = None,
@@ -117,8 +173,12 @@ def plan(
     block_size: BlockSize = None,
     foreground: Foreground = None,
     weights: Weights = None,
+    method: Method = None,
     spot_sigma: SpotSigma = None,
     outline_sigma: OutlineSigma = None,
+    seeds: Seeds = None,
+    max_radius: MaxRadius = None,
+    closing_radius: ClosingRadius = None,
     device: Device = None,
     cluster: Cluster = None,
     workers: Workers = None,
@@ -358,6 +418,16 @@ def _threshold(text: str, option: str) -> str | float:
         raise ConfigError(f"{option} {text!r}: expected `otsu` or a number from 0 to 1") from None
 
 
+def _range(text: str, option: str) -> tuple[float, float]:
+    from braincensus.errors import ConfigError
+
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option} {text!r}: expected two numbers as LOW,HIGH, such as 0.35,1") from None
+    return low, high
+
+
 _FIELDS: dict[str, tuple[str, str, Callable[[str, str], Any] | None]] = {
     "channel": ("input", "channel", None),
     "timepoint": ("input", "timepoint", None),
@@ -365,12 +435,22 @@ _FIELDS: dict[str, tuple[str, str, Callable[[str, str], Any] | None]] = {
     "voxel_size": ("input", "voxel_size_um", _triple),
     "foreground": ("foreground", "model", None),
     "weights": ("foreground", "weights", None),
+    "method": ("labelling", "method", None),
     "spot_sigma": ("labelling", "spot_sigma", _triple),
     "outline_sigma": ("labelling", "outline_sigma", _triple),
     "foreground_threshold": ("labelling", "foreground_threshold", None),
     "threshold": ("labelling", "threshold", _threshold),
+    "seeds": ("labelling", "seeds", None),
+    "seed_threshold": ("labelling", "seed_threshold", None),
+    "max_radius": ("labelling", "max_radius_um", None),
+    "closing_radius": ("labelling", "closing_radius_um", None),
+    "merge_border": ("labelling", "merge_border", _range),
     "min_volume": ("filters", "min_volume_um3", None),
     "max_volume": ("filters", "max_volume_um3", None),
+    "max_object_volume": ("filters", "max_object_volume_um3", None),
+    "min_sphericity": ("filters", "min_sphericity", None),
+    "min_intensity": ("filters", "min_mean_intensity", None),
+    "max_intensity": ("filters", "max_mean_intensity", None),
     "block_size": ("compute", "block_voxels", _whole),
     "device": ("compute", "device", None),
     "cluster": ("compute", "cluster", None),

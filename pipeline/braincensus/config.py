@@ -8,10 +8,10 @@ their name; triples are ``z, y, x``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from braincensus.errors import ConfigError, explain
 
@@ -35,6 +35,9 @@ TripleSigma = Annotated[
 ]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Percentile = Annotated[float, Field(ge=0, le=100)]
+
+_MODELS = "wnet3d or intensity"
+_METHODS = "voronoi-otsu, components or watershed"
 
 
 class _Section(BaseModel):
@@ -74,7 +77,7 @@ class Intensity(_Section):
 class WNet3DForeground(_Section):
     """Foreground probability from the self-supervised network of CellSeg3D."""
 
-    model: Literal["wnet3d"] = "wnet3d"
+    model: Literal["wnet3d"] = Field("wnet3d", description=_MODELS)
     weights: str = Field(
         "compact", description="compact (shipped), or the path of a .safetensors or .pth file"
     )
@@ -103,45 +106,122 @@ class WNet3DForeground(_Section):
 class IntensityForeground(_Section):
     """Foreground from intensity alone: contrast to the local background, range-mapped; no network."""
 
-    model: Literal["intensity"] = "intensity"
+    model: Literal["intensity"] = Field("intensity", description=_MODELS)
 
 
 Foreground = Annotated[WNet3DForeground | IntensityForeground, Field(discriminator="model")]
 
 
-class VoronoiOtsu(_Section):
-    """Instances by Voronoi-Otsu labelling of the foreground probability."""
+class _Labelling(_Section):
+    """What all labellers have: how the foreground is smoothed, closed and cut off, and how cells merge."""
 
-    method: Literal["voronoi-otsu"] = "voronoi-otsu"
+    sigma_unit: Literal["voxels", "um"] = Field("voxels", description="unit of all sigmas of this section")
+    foreground_threshold: Probability | None = Field(
+        None, description="probability below this counts as 0 before labelling (the paper: 0.6, 0.65)"
+    )
+    closing_radius_um: PositiveFloat | None = Field(
+        None, description="morphological closing of the foreground by a ball, which fills small holes"
+    )
+    least_threshold: Probability = Field(
+        0.15, description="otsu is never taken below this: where there are no cells, it would split noise"
+    )
+    merge_border: tuple[Probability, Probability] | None = Field(
+        None,
+        description="cells that touch are one cell if the mean probability along their border is in this "
+        "range (the paper's skull nuclei: [0.35, 1.0])",
+    )
+
+    @model_validator(mode="after")
+    def _border_range_is_one(self) -> Self:
+        if self.merge_border is not None and self.merge_border[0] > self.merge_border[1]:
+            raise ValueError("merge_border is a range, low before high")
+        return self
+
+
+class VoronoiOtsu(_Labelling):
+    """Voronoi-Otsu: one cell for each local maximum, grown through the foreground."""
+
+    method: Literal["voronoi-otsu"] = Field("voronoi-otsu", description=_METHODS)
     spot_sigma: TripleSigma = Field(
         (0.65, 0.65, 0.65), description="blur before seeds are found; larger: fewer"
     )
     outline_sigma: TripleSigma = Field(
         (0.65, 0.65, 0.65), description="blur before the outline is thresholded"
     )
-    sigma_unit: Literal["voxels", "um"] = Field("voxels", description="unit of both sigmas")
     seeds: Literal["plateau", "strict"] = Field(
         "plateau", description="plateau: one seed per flat maximum; strict: flat maxima give none"
     )
-    foreground_threshold: Probability | None = Field(
-        None, description="probability below this counts as 0 before labelling (the paper: 0.6, 0.65)"
-    )
     threshold: Literal["otsu"] | Probability = Field(
         "otsu", description="outline threshold: otsu (of the whole volume's tissue) or a number from 0 to 1"
-    )
-    least_threshold: Probability = Field(
-        0.15, description="otsu is never taken below this: where there are no cells, it would split noise"
     )
     max_radius_um: PositiveFloat = Field(
         50.0, description="a cell's voxels lie within this geodesic distance of its seed; sets the halo"
     )
 
 
+class ConnectedComponents(_Labelling):
+    """Connected components of the foreground: cells that touch are one. Of any size, exact all the same."""
+
+    method: Literal["components"] = Field("components", description=_METHODS)
+    outline_sigma: TripleSigma = Field((0.0, 0.0, 0.0), description="blur before the threshold")
+    threshold: Literal["otsu"] | Probability = Field(
+        0.5, description="of the foreground: a number from 0 to 1, or otsu (of the whole volume's tissue)"
+    )
+
+
+class Watershed(_Labelling):
+    """Watershed: the foreground flooded from seeds, down from where it is most certain."""
+
+    method: Literal["watershed"] = Field("watershed", description=_METHODS)
+    outline_sigma: TripleSigma = Field((0.0, 0.0, 0.0), description="blur before the thresholds")
+    threshold: Literal["otsu"] | Probability = Field(
+        0.3, description="of the foreground: a number from 0 to 1, or otsu (of the whole volume's tissue)"
+    )
+    seeds: Literal["threshold", "distance"] = Field(
+        "threshold",
+        description="threshold: what is above seed_threshold; distance: what is farthest from the background",
+    )
+    seed_threshold: Probability = Field(0.9, description="seeds by threshold: probability above which")
+    min_seed_voxels: Positive = Field(3, description="seeds by threshold: smaller ones are none")
+    seed_sigma: TripleSigma = Field(
+        (1.0, 1.0, 1.0), description="seeds by distance: blur of the distance; larger: fewer"
+    )
+    max_radius_um: PositiveFloat = Field(
+        50.0,
+        description="a cell's voxels lie within this geodesic distance of a seed; sets the halo; distances "
+        "are cut off there",
+    )
+
+    @model_validator(mode="after")
+    def _seeds_are_foreground(self) -> Self:
+        if self.threshold != "otsu" and self.seed_threshold < self.threshold:
+            raise ValueError("seed_threshold must not be below threshold: seeds are foreground")
+        return self
+
+
+Labelling = Annotated[VoronoiOtsu | ConnectedComponents | Watershed, Field(discriminator="method")]
+
+
 class Filters(_Section):
     """Which cells are kept; applied to whole cells, after stitching."""
 
     min_volume_um3: float | None = Field(None, ge=0, description="smaller cells are removed")
-    max_volume_um3: float | None = Field(None, gt=0, description="larger cells are removed (artefacts)")
+    max_volume_um3: float | None = Field(None, gt=0, description="larger cells are removed")
+    max_object_volume_um3: float | None = Field(
+        None,
+        gt=0,
+        description="cells that touch, directly or through others, are one object: larger ones are artefacts "
+        "and removed whole",
+    )
+    min_sphericity: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="less round cells are removed; a ball has 1"
+    )
+    min_mean_intensity: float | None = Field(
+        None, allow_inf_nan=False, description="dimmer cells are removed; in the input's own units"
+    )
+    max_mean_intensity: float | None = Field(
+        None, allow_inf_nan=False, description="brighter cells are removed; in the input's own units"
+    )
 
 
 class Density(_Section):
@@ -185,7 +265,7 @@ class RunConfig(_Section):
     input: InputSelection = InputSelection()
     intensity: Intensity = Intensity()
     foreground: Foreground = WNet3DForeground()
-    labelling: VoronoiOtsu = VoronoiOtsu()
+    labelling: Labelling = VoronoiOtsu()
     filters: Filters = Filters()
     density: Density = Density()
     compute: Compute = Compute()
@@ -269,19 +349,9 @@ def commented_yaml() -> str:
     for name, field in RunConfig.model_fields.items():
         section = field.default
         lines += ["", f"{name}:  # {_first_line(section)}"]
-        for key, value in section.model_dump(mode="json").items():
-            about = type(section).model_fields[key].description or _choices(name)
-            lines.append(f"  {key}: {_scalar(value)}  # {about}")
-        if name == "foreground":
-            lines += [
-                "# or, without a network:",
-                "# foreground:",
-                *(
-                    f"#   {key}: {_scalar(value)}"
-                    + (f"  # {text}" if (text := IntensityForeground.model_fields[key].description) else "")
-                    for key, value in IntensityForeground().model_dump(mode="json").items()
-                ),
-            ]
+        lines += [f"  {line}" for line in _fields(section)]
+        for title, alternative in _ALTERNATIVES.get(name, {}).items():
+            lines += [f"# or, {title}:", f"# {name}:", *(f"#   {line}" for line in _fields(alternative))]
     return "\n".join(lines) + "\n"
 
 
@@ -289,8 +359,21 @@ def _first_line(section: BaseModel) -> str:
     return (type(section).__doc__ or "").strip().splitlines()[0]
 
 
-def _choices(section: str) -> str:
-    return {"foreground": "wnet3d or intensity", "labelling": "the only method so far"}.get(section, "")
+def _fields(section: BaseModel) -> list[str]:
+    """Write a section's fields, the one that chooses among models or methods first."""
+    values = section.model_dump(mode="json")
+    chooser = [key for key in ("model", "method") if key in values]
+    lines = []
+    for key in [*chooser, *(key for key in values if key not in chooser)]:
+        about = type(section).model_fields[key].description
+        lines.append(f"{key}: {_scalar(values[key])}  # {about}")
+    return lines
+
+
+_ALTERNATIVES: dict[str, dict[str, BaseModel]] = {
+    "foreground": {"without a network": IntensityForeground()},
+    "labelling": {"connected components": ConnectedComponents(), "watershed": Watershed()},
+}
 
 
 def _scalar(value: Any) -> str:

@@ -11,16 +11,16 @@ Three grids, because three things decide them:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, prod
+from math import prod
 
 from braincensus.blocks import BlockGrid
 from braincensus.cluster import GIB, Resources
 from braincensus.config import IntensityForeground, RunConfig, WNet3DForeground
 from braincensus.errors import PlanError, explain
+from braincensus.labelling import Foreground, Labeller, foreground_for, labeller_for
 from braincensus.volume import Volume
 from braincensus_kernels.boxes import Triple
 from braincensus_kernels.models.predict import projected_bytes
-from braincensus_kernels.voronoi_otsu import reach_voxels
 
 LATTICE = 8
 """Voxels between the positions at which tiles and network patches may start (the network pools thrice)."""
@@ -30,7 +30,6 @@ _BLOCK_SIDES = (512, 384, 256, 192, 128, 96, 64)
 _MOST_REGIONS = 20_000
 _SHARE_OF_WORKER = 0.8
 _PROCESS_BYTES = 700 * 1024**2  # a worker process with torch, numba and zarr loaded, before any block
-_LABEL_BYTES_PER_VOXEL = 16  # of a block and its halo: probability, blur, seeds, labels (15 measured)
 _WINDOW = 64  # the original plugin's windows: 64 voxels, of which each contributes its middle 48
 _WINDOW_HALO = 8
 
@@ -64,10 +63,9 @@ class Plan:
     ----------
     scan_grid, segment_grid, label_grid
         The blocks of each kind of stage.
-    spot_sigma_voxels, outline_sigma_voxels
-        The labeller's blurs on each axis.
-    max_steps
-        Bound of the growth, in steps of one voxel.
+    labeller, foreground
+        How a block is labelled, and how stored probability becomes what is labelled. The label grid's halo
+        is the reach of both.
     memory_bytes
         Projected peak of one worker, by stage.
     disk_bytes
@@ -83,9 +81,8 @@ class Plan:
     scan_grid: BlockGrid
     segment_grid: BlockGrid
     label_grid: BlockGrid
-    spot_sigma_voxels: tuple[float, float, float]
-    outline_sigma_voxels: tuple[float, float, float]
-    max_steps: int
+    labeller: Labeller
+    foreground: Foreground
     memory_bytes: dict[str, int]
     disk_bytes: dict[str, int]
     seconds: dict[str, float]
@@ -99,7 +96,8 @@ class Plan:
     def most_outer_voxels(self) -> int:
         """Largest block with its halo that one thread can label, where a flat maximum needs more halo."""
         free = self.resources.memory_bytes - _PROCESS_BYTES
-        return max(0, int(_SHARE_OF_WORKER * free / self.resources.threads / _LABEL_BYTES_PER_VOXEL))
+        per_voxel = self.labeller.bytes_per_voxel
+        return max(0, int(_SHARE_OF_WORKER * free / self.resources.threads / per_voxel))
 
     def check(self, *, free_disk_bytes: int | None = None) -> None:
         """Refuse a run that cannot fit, before anything is written.
@@ -141,11 +139,11 @@ class Plan:
             side
             for side in _BLOCK_SIDES
             if side < max(self.label_grid.block_shape)
-            and _label_bytes(self._with_block(side), self.volume, self.resources)
+            and _label_bytes(self._with_block(side), self.labeller, self.volume, self.resources)
             <= self.resources.memory_bytes
         ]
         if not fits:
-            return "fewer threads per worker, a smaller labelling.max_radius_um, or more memory"
+            return "fewer threads per worker, a smaller max_radius_um or closing_radius_um, or more memory"
         return f"--block-size {fits[0]},{fits[0]},{fits[0]} fits"
 
     def _with_block(self, side: int) -> BlockGrid:
@@ -172,15 +170,10 @@ def make_plan(
         The network's arithmetic, resolved for the device.
     """
     shape, size = volume.shape, volume.voxel_size_um
-    labelling = config.labelling
-    spot, outline = (
-        _sigma_voxels(sigma, labelling.sigma_unit, size)
-        for sigma in (labelling.spot_sigma, labelling.outline_sigma)
-    )
-    max_steps = ceil(labelling.max_radius_um / min(size))
-    halo = reach_voxels(spot, outline, max_steps)
+    labeller = labeller_for(config.labelling, size)
+    foreground = foreground_for(config.labelling, size)
     segmentation = _segmentation(config.foreground, shape, channels=channels, precision=precision)
-    label_grid = _label_grid(config, volume, resources, halo)
+    label_grid = _label_grid(config, volume, resources, labeller, foreground)
     plan = Plan(
         volume=volume,
         config=config,
@@ -189,9 +182,8 @@ def make_plan(
         scan_grid=BlockGrid(shape, _lattice_bounded(_SCAN_BLOCK, shape)),
         segment_grid=_segment_grid(segmentation, shape),
         label_grid=label_grid,
-        spot_sigma_voxels=spot,
-        outline_sigma_voxels=outline,
-        max_steps=max_steps,
+        labeller=labeller,
+        foreground=foreground,
         memory_bytes={},
         disk_bytes=_disk(volume),
         seconds={},
@@ -240,7 +232,11 @@ def _segment_grid(segmentation: Segmentation, shape: Triple) -> BlockGrid:
         side *= 2
 
 
-def _label_grid(config: RunConfig, volume: Volume, resources: Resources, halo: Triple) -> BlockGrid:
+def _label_grid(
+    config: RunConfig, volume: Volume, resources: Resources, labeller: Labeller, foreground: Foreground
+) -> BlockGrid:
+    z, y, x = (a + b for a, b in zip(labeller.reach, foreground.reach, strict=True))
+    halo = z, y, x
     wanted = config.compute.block_voxels
     if wanted is not None:
         block = tuple(min(n, m) for n, m in zip(wanted, volume.shape, strict=True))
@@ -249,7 +245,8 @@ def _label_grid(config: RunConfig, volume: Volume, resources: Resources, halo: T
     for side in _BLOCK_SIDES:
         grid = BlockGrid(volume.shape, _bounded(side, volume.shape), halo)
         busy = len(grid) >= 2 * at_once or side <= 128
-        if busy and _label_bytes(grid, volume, resources) <= _SHARE_OF_WORKER * resources.memory_bytes:
+        need = _label_bytes(grid, labeller, volume, resources)
+        if busy and need <= _SHARE_OF_WORKER * resources.memory_bytes:
             return grid
     return BlockGrid(volume.shape, _bounded(_BLOCK_SIDES[-1], volume.shape), halo)
 
@@ -270,18 +267,18 @@ def _memory(plan: Plan) -> dict[str, int]:
     return {
         "intensity": _PROCESS_BYTES + threads * scan * (item + 12),
         "segment": _PROCESS_BYTES + segment,
-        "label": _label_bytes(plan.label_grid, volume, plan.resources),
+        "label": _label_bytes(plan.label_grid, plan.labeller, volume, plan.resources),
     }
 
 
-def _label_bytes(grid: BlockGrid, volume: Volume, resources: Resources) -> int:
-    """Probability, two blurs, mask and labels of the outer box, and the raw core, for each thread."""
+def _label_bytes(grid: BlockGrid, labeller: Labeller, volume: Volume, resources: Resources) -> int:
+    """Project what the labeller holds of the outer box, and the raw core, for each thread."""
     outer = prod(
         min(b + 2 * h, n) for b, h, n in zip(grid.block_shape, grid.halo, grid.volume_shape, strict=True)
     )
     core = prod(grid.block_shape)
     return _PROCESS_BYTES + resources.threads * (
-        outer * _LABEL_BYTES_PER_VOXEL + core * (volume.dtype.itemsize + 12)
+        outer * labeller.bytes_per_voxel + core * (volume.dtype.itemsize + 12)
     )
 
 
@@ -309,15 +306,6 @@ def _seconds(plan: Plan) -> dict[str, float]:
         rate = _MULTIPLY_ADDS_PER_CORE_SECOND.get(plan.segmentation.precision, 30e9) * cores
         seconds["segment"] = plan.voxels * per_voxel * min(halo, 2.5) / rate
     return seconds
-
-
-def _sigma_voxels(
-    sigma: tuple[float, float, float], unit: str, voxel_size_um: tuple[float, float, float]
-) -> tuple[float, float, float]:
-    if unit == "voxels":
-        return sigma
-    z, y, x = (s / v for s, v in zip(sigma, voxel_size_um, strict=True))
-    return z, y, x
 
 
 def _bounded(side: int, shape: Triple) -> Triple:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.faces import (
@@ -13,8 +14,10 @@ from braincensus_kernels.faces import (
     FaceAudit,
     compare_faces,
     face_beliefs,
+    joined_by_anchors,
     resolve_disagreements,
 )
+from braincensus_kernels.union_find import connected
 
 
 def beliefs_of(seed_map, core):
@@ -37,7 +40,8 @@ def halves(shape, axis, at):
 
 def compare(map_low, map_high, axis, at):
     low, high = halves(map_low.shape, axis, at)
-    return compare_faces(beliefs_of(map_low, low), beliefs_of(map_high, high), axis=axis, low=low, high=high)
+    boxes = {"axis": axis, "low": low, "high": high, "volume_shape": map_low.shape}
+    return compare_faces(beliefs_of(map_low, low), beliefs_of(map_high, high), **boxes)
 
 
 @given(seed=st.integers(0, 2**32), axis=st.integers(0, 2), n_wrong=st.integers(0, 6))
@@ -148,9 +152,9 @@ def test_what_does_not_fit_is_refused():
     low, high = halves((8, 8, 8), 0, 4)
     a, b = beliefs_of(seeds, low), beliefs_of(seeds, high)
     with pytest.raises(ValueError, match="do not share a face"):
-        compare_faces(a, b, axis=1, low=low, high=high)
+        compare_faces(a, b, axis=1, low=low, high=high, volume_shape=(8, 8, 8))
     with pytest.raises(ValueError, match="no beliefs"):
-        compare_faces(a, {}, axis=0, low=low, high=high)
+        compare_faces(a, {}, axis=0, low=low, high=high, volume_shape=(8, 8, 8))
     box = Box.whole((2, 2, 2))
     ones = np.ones(box.shape, np.uint32)
     with pytest.raises(ValueError, match="has no seed"):
@@ -159,3 +163,73 @@ def test_what_does_not_fit_is_refused():
         face_beliefs(ones[1:], np.array([1]), kept=box, core=box)
     with pytest.raises(ValueError, match="one voxel more"):
         face_beliefs(np.ones((4, 2, 2), np.uint32), np.array([1]), kept=Box.whole((4, 2, 2)), core=box)
+
+
+def grid_of(shape, side):
+    """Cores in raster order, and every pair of them that shares a face, with the axis."""
+    cores = list(Box.whole(shape).tiles(side))
+    pairs = []
+    for low in cores:
+        for axis in range(3):
+            start = list(low.start)
+            start[axis] = low.stop[axis]
+            pairs += [(axis, low, high) for high in cores if list(high.start) == start]
+    return cores, pairs
+
+
+@given(seed=st.integers(0, 2**32), side=st.tuples(*[st.integers(1, 4)] * 3))
+@settings(max_examples=60, deadline=None)
+def test_anchors_join_components_over_faces_edges_and_corners(seed, side):
+    """Labelled block by block over core and margin, joined by faces alone: the components of the whole."""
+    rng = np.random.default_rng(seed)
+    shape = tuple(int(n) for n in rng.integers(2, 9, 3))
+    image = rng.random(shape) < rng.choice([0.1, 0.25, 0.5])
+    index = np.arange(image.size).reshape(shape)
+    cores, pairs = grid_of(shape, side)
+    beliefs, named = {}, np.full(shape, -1)
+    for core in cores:
+        kept = core.dilate(1).clip(shape)
+        labels, n = ndimage.label(image[kept.slices], structure=np.ones((3, 3, 3)))
+        seeds = ndimage.minimum(index[kept.slices], labels, range(1, n + 1)).astype(np.int64)
+        anchors = labels > 0
+        beliefs[core] = face_beliefs(labels.astype(np.uint32), seeds, kept=kept, core=core, anchors=anchors)
+        inside = labels[core.slices_in(kept)]
+        named[core.slices] = np.concatenate([[-1], seeds])[inside]
+    same = [np.empty((0, 2), np.int64)]
+    for axis, low, high in pairs:
+        found = joined_by_anchors(
+            beliefs[low], beliefs[high], axis=axis, low=low, high=high, volume_shape=shape
+        )
+        assert (found[:, 0] != found[:, 1]).all()
+        same.append(found)
+    ids, smallest = connected(np.concatenate(same))
+    representative = dict(zip(ids.tolist(), smallest.tolist(), strict=True))
+    joined = np.vectorize(lambda seed: representative.get(seed, seed))(named)
+    whole, n = ndimage.label(image, structure=np.ones((3, 3, 3)))
+    first = np.concatenate([[-1], ndimage.minimum(index, whole, range(1, n + 1))])[whole]
+    np.testing.assert_array_equal(joined, first)
+
+
+def test_without_an_anchor_nothing_is_joined():
+    labels, core = np.array([[[1, 1]]], np.uint32), Box((0, 0, 0), (1, 1, 1))
+    kept, other = Box.whole((1, 1, 2)), Box((0, 0, 1), (1, 1, 2))
+    where = {"axis": 2, "low": core, "high": other, "volume_shape": (1, 1, 2)}
+    for anchor, expected in ((True, [[4, 9]]), (False, [])):
+        low = face_beliefs(labels, np.array([4]), kept=kept, core=core, anchors=np.full(kept.shape, anchor))
+        high = face_beliefs(labels, np.array([9]), kept=kept, core=other, anchors=np.ones(kept.shape, bool))
+        assert joined_by_anchors(low, high, **where).tolist() == expected
+    with pytest.raises(ValueError, match="anchors"):
+        face_beliefs(labels, np.array([4]), kept=kept, core=core, anchors=np.ones((1, 1, 1), bool))
+
+
+def test_margins_are_compared_but_cross_no_face_of_theirs():
+    """A cell beside the cores' common face: both blocks see it in their margins, neither has it crossing."""
+    seeds = np.full((4, 6, 4), -1)
+    seeds[1:3, 3, 1] = 5
+    low, high = Box((0, 0, 0), (2, 3, 4)), Box((2, 0, 0), (4, 3, 4))
+    where = {"axis": 0, "low": low, "high": high, "volume_shape": seeds.shape}
+    other = seeds.copy()
+    other[2, 3, 1] = -1
+    audit = compare_faces(beliefs_of(seeds, low), beliefs_of(other, high), **where)
+    assert (audit.cells_crossing, audit.voxels_compared, audit.voxels_disagreeing) == (0, 2 * 4 * 4, 1)
+    assert audit.disagreements == ({"position": [2, 3, 1], "seed_low": 5, "seed_high": None},)

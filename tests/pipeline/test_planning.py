@@ -27,13 +27,13 @@ def planned(shape, changes=None, gib=8.0, channels=CHANNELS, **how):
 
 def test_the_halo_is_the_labellers_reach():
     plan = planned((300, 300, 300), {"labelling": {"max_radius_um": 20, "spot_sigma": 2, "outline_sigma": 1}})
-    assert plan.max_steps == 10  # 20 um in steps of the finest voxel, 2 um
+    assert plan.labeller.max_steps == 10  # 20 um in steps of the finest voxel, 2 um
     assert plan.label_grid.halo == (20, 20, 20)  # 10 steps, 8 of the spot blur and 1, 1 for the audit
 
 
 def test_sigmas_in_um_follow_the_voxel_size():
     plan = planned((64, 64, 64), {"labelling": {"spot_sigma": 5, "sigma_unit": "um"}})
-    assert plan.spot_sigma_voxels == (1.0, 2.5, 2.5)
+    assert plan.labeller.spot_sigma == (1.0, 2.5, 2.5)
 
 
 def test_patches_never_depend_on_the_label_blocks():

@@ -35,6 +35,8 @@ _STAGES = {
     "train": "training",
 }
 _COUNTED = {"measure", "train"}
+_SUSPICIOUS = 4.0
+"""Standard deviations from which the density beside seams is no chance."""
 
 
 class _Rate(ProgressColumn):
@@ -111,6 +113,7 @@ def plan_table(plan: Plan) -> Table:
         "voxel size": f"{_triple(volume.voxel_size_um)} um ({volume.voxel_size_from})",
         "notes": "\n".join(volume.notes),
         "foreground": _foreground(plan),
+        "labelling": _labelling(plan),
         "label blocks": f"{len(grid)} of {_triple(grid.block_shape)} voxels + halo {_triple(grid.halo)}",
         "resources": f"{plan.resources.workers} worker(s) x {plan.resources.threads} thread(s), "
         f"{gib(plan.resources.memory_bytes)} each, {plan.resources.device}, cluster {plan.resources.cluster}",
@@ -138,7 +141,15 @@ def result_table(result: Result) -> Table:
     table.add_row("cells", f"{result.n_cells:,}")
     table.add_row("density", f"{result.n_cells / volume_mm3:,.0f} cells/mm^3 over {volume_mm3:.3g} mm^3")
     table.add_row("tissue", _tissue(about["intensity"]))
+    table.add_row("labelling", seams["method"])
     table.add_row("seams", _seams(seams))
+    labelling = about["labelling"]
+    if labelling["merged_by_border"] or labelling["removed_by_filters"]:
+        table.add_row(
+            "whole cells",
+            f"{labelling['merged_by_border']:,} merged by their border, "
+            f"{labelling['removed_by_filters']:,} removed by filters",
+        )
     if seams["foreground_voxels"]:
         share = 100 * seams["unreached_voxels"] / seams["foreground_voxels"]
         table.add_row("not in any cell", f"{seams['unreached_voxels']:,} foreground voxels ({share:.2g} %)")
@@ -159,13 +170,45 @@ def result_table(result: Result) -> Table:
 def _seams(seams: dict[str, Any]) -> str:
     if seams["faces"] == 0:
         return "none (one block)"
-    text = f"{seams['faces']:,} faces, {seams['crossings']:,} cells crossing"
+    lines = [f"{seams['faces']:,} faces, {seams['crossings']:,} cells crossing"]
     if seams["exact"]:
-        return f"[green]exact[/green]: {text}, 0 of {seams['voxels_compared']:,} voxels disagree"
-    return (
-        f"[red]not exact[/red]: {text}, {seams['disagreeing_voxels']:,} voxels disagree "
-        f"(listed in the provenance), {seams['merged']} pairs merged"
+        lines[0] = f"[green]exact[/green]: {lines[0]}, 0 of {seams['voxels_compared']:,} voxels disagree"
+    else:
+        first = seams["disagreements"][0]
+        lines[0] = f"[red]not exact[/red]: {lines[0]}, {seams['disagreeing_voxels']:,} voxels disagree"
+        lines.append(
+            f"first at z,y,x = {_position(first['position'])}: cell {_belief(first['seed_low'])} by the "
+            f"lower block, {_belief(first['seed_high'])} by the upper (all in the provenance); "
+            f"{seams['merged']} pairs merged by overlap"
+        )
+    if seams["joined"]:
+        lines.append(f"{seams['joined']:,} parts joined to cells larger than a block's view")
+    if seams["incomplete"]:
+        first = seams["incomplete"][0]
+        lines.append(
+            f"[red]{len(seams['incomplete'])} block(s) needed a larger halo than memory allows[/red], the "
+            f"first from z,y,x = {_position(first['start'])} to {_position(first['stop'])}"
+        )
+    if (check := seams.get("density_check")) is not None:
+        lines.append(_density_check(check))
+    return "\n".join(lines)
+
+
+def _density_check(check: dict[str, Any]) -> str:
+    near, expected = (sum(n for n in check[name] if n is not None) for name in ("near", "expected"))
+    text = (
+        f"density beside seams: {near:,} cells within {check['width_voxels']} voxels, {expected:,.0f} "
+        f"expected from farther away (z = {check['z_score']:+.1f})"
     )
+    return text if abs(check["z_score"]) < _SUSPICIOUS else f"[red]{text}: cells are lost or doubled[/red]"
+
+
+def _position(zyx: list[int]) -> str:
+    return ",".join(str(n) for n in zyx)
+
+
+def _belief(seed: int | None) -> str:
+    return "none" if seed is None else f"with seed {seed}"
 
 
 def _tissue(found: dict[str, Any]) -> str:
@@ -176,6 +219,20 @@ def _tissue(found: dict[str, Any]) -> str:
         f"{share}, above {found['tissue_threshold']:.4g}; "
         f"intensity range {found['low']:.4g} to {found['high']:.4g}"
     )
+
+
+def _labelling(plan: Plan) -> str:
+    settings, foreground = plan.config.labelling, plan.foreground
+    parts = [settings.method, f"reach {_triple(plan.labeller.reach)} voxels"]
+    if foreground.closes:
+        parts.append(
+            f"closing of {settings.closing_radius_um:g} um before it, {_triple(foreground.reach)} more"
+        )
+    if settings.merge_border is not None:
+        parts.append(
+            "touching cells merged by border probability {:g} to {:g}".format(*settings.merge_border)
+        )
+    return ", ".join(parts)
 
 
 def _foreground(plan: Plan) -> str:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from braincensus.blocks import BlockGrid
-from braincensus.stages.label import LOCAL_LABELS, partial_name
+from braincensus.stages.identities import ids_name
+from braincensus.stages.label import LOCAL_LABELS
 from braincensus.stages.stitch import CellIndex
 from braincensus.store import Output, chunk_and_shard
 from braincensus.tasks import Context
@@ -47,7 +48,7 @@ def run(context: Context, index: CellIndex) -> None:
 
 def _relabel_block(spec: _Relabel, number: int) -> None:
     core = spec.grid[number].core
-    seeds = spec.output.read_work(partial_name(number))["seed"]
+    seeds = spec.output.read_work(ids_name(number))["seed"]
     labels = spec.output.array(LABELS)
     lookup = np.zeros(len(seeds) + 1, dtype=labels.dtype)
     lookup[1:] = spec.index.labels_of(seeds)

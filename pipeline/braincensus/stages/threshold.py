@@ -13,14 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from braincensus.blocks import BlockGrid
+from braincensus.labelling import Foreground
 from braincensus.planning import LATTICE
 from braincensus.stages.intensity import TILE_MEDIAN, tiles_of
 from braincensus.stages.segment import PROBABILITY, PROBABILITY_TOP
 from braincensus.store import Output
 from braincensus.tasks import Context
-from braincensus_kernels.boxes import Box
+from braincensus_kernels.boxes import Box, Triple
 from braincensus_kernels.filters import blur_radii
 from braincensus_kernels.histogram import otsu_threshold, outline_histogram
+from braincensus_kernels.morphology import closing
 
 _BINS = 1024
 
@@ -30,7 +32,7 @@ class _Threshold:
     grid: BlockGrid
     output: Output
     outline_sigma: tuple[float, float, float]
-    floor: float | None
+    foreground: Foreground
     tissue_threshold: float
 
 
@@ -40,10 +42,9 @@ def run(context: Context, *, tissue_threshold: float) -> float:
     labelling = plan.config.labelling
     if labelling.threshold != "otsu":
         return labelling.threshold * PROBABILITY_TOP
-    grid = BlockGrid(plan.volume.shape, plan.label_grid.block_shape, blur_radii(plan.outline_sigma_voxels))
-    spec = _Threshold(
-        grid, context.output, plan.outline_sigma_voxels, labelling.foreground_threshold, tissue_threshold
-    )
+    sigma = plan.labeller.outline_sigma
+    grid = BlockGrid(plan.volume.shape, plan.label_grid.block_shape, blur_radii(sigma))
+    spec = _Threshold(grid, context.output, sigma, plan.foreground, tissue_threshold)
     counts = np.zeros(_BINS, dtype=np.int64)
     with context.stage("threshold", plan.voxels):
         for _, block_counts in context.map(
@@ -58,18 +59,27 @@ def run(context: Context, *, tissue_threshold: float) -> float:
     return max(least, otsu_threshold(counts, 0.0, PROBABILITY_TOP)) if counts.any() else least
 
 
-def read_foreground(output: Output, box: Box, floor: float | None) -> np.ndarray:
-    """Read the stored probability (uint16) of `box`; below `floor`, from 0 to 1, it counts as 0."""
-    probability: np.ndarray = output.read_block(PROBABILITY, box)
-    if floor is not None:
-        probability[probability < floor * PROBABILITY_TOP] = 0
+def read_foreground(output: Output, box: Box, foreground: Foreground, volume_shape: Triple) -> np.ndarray:
+    """Read what is labelled, in `box`: the stored probability (uint16), cut off at a floor, then closed."""
+    outer = box.dilate(foreground.reach).clip(volume_shape)
+    probability: np.ndarray = output.read_block(PROBABILITY, outer)
+    if foreground.floor is not None:
+        probability[probability < foreground.floor * PROBABILITY_TOP] = 0
+    if foreground.closes:
+        probability = closing(
+            probability,
+            outer=outer,
+            inner=box,
+            volume_shape=volume_shape,
+            radius_voxels=foreground.closing_radius_voxels,
+        )
     return probability
 
 
 def _threshold_block(spec: _Threshold, number: int) -> np.ndarray:
     block = spec.grid[number]
     return outline_histogram(
-        read_foreground(spec.output, block.outer, spec.floor),
+        read_foreground(spec.output, block.outer, spec.foreground, spec.grid.volume_shape),
         outer=block.outer,
         core=block.core,
         volume_shape=spec.grid.volume_shape,

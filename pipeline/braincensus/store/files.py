@@ -88,15 +88,34 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write named arrays as an .npz, lightly compressed (block tables are mostly small numbers)."""
+    """Write named arrays as an .npz, int64 ones in the narrowest type that holds them.
+
+    Sums and positions of a block are mostly small: this takes less space than deflating them (58 bytes a
+    cell for 69), and a twentieth of the time.
+    """
 
     def write(file: IO[bytes]) -> None:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for name, values in arrays.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.asanyarray(values), allow_pickle=False)
+                stored, ending = np.asanyarray(values), ".npy"
+                if stored.dtype == np.int64:
+                    stored, ending = _narrowest(stored), _NARROWED
+                with archive.open(name + ending, "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, stored, allow_pickle=False)
 
     write_whole(path, write, durable=False)
+
+
+_NARROWED = ".int64.npy"
+_NARROW = (np.uint8, np.int16, np.uint16, np.int32, np.uint32)
+
+
+def _narrowest(values: np.ndarray) -> np.ndarray:
+    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    for dtype in _NARROW:
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return values.astype(dtype)
+    return values
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -109,15 +128,17 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy"): _member(archive, name) for name in archive.namelist()}
+            return dict(_member(archive, name) for name in archive.namelist())
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as err:
         raise unreadable(path, err) from err
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+def _member(archive: zipfile.ZipFile, name: str) -> tuple[str, np.ndarray]:
     with archive.open(name) as member:
         values: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
-        return values
+    if name.endswith(_NARROWED):
+        return name.removesuffix(_NARROWED), values.astype(np.int64)
+    return name.removesuffix(".npy"), values
 
 
 def unreadable(path: Path, err: BaseException) -> OutputError:
