@@ -1,8 +1,9 @@
-"""Voronoi-Otsu labelling: ours, per block and single-shot, against scikit-image and pyclesperanto.
+"""Labelling: ours, per block and single-shot, against what one would pick instead; on a GPU, too, if any.
 
-Prints a markdown table. The volume is 256^3: the real c5image.tif tiled by reflection where ../shared/data
-holds it, else made cells. pyclesperanto is no dependency: name a Python that has it, and an OpenCL device,
-with ``--pyclesperanto PATH``.
+Prints markdown tables: Voronoi-Otsu beside scikit-image and pyclesperanto, then connected components and
+watershed (seeds by threshold and by distance) beside SciPy and scikit-image. The volume is 256^3: the real
+c5image.tif tiled by reflection where ../shared/data holds it, else made cells. pyclesperanto is no
+dependency: name a Python that has it, and an OpenCL device, with ``--pyclesperanto PATH``.
 
     python benchmarks/label.py [--side 256] [--repeats 3] [--pyclesperanto /path/to/python]
 """
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,26 @@ import numpy as np
 import tifffile
 from scipy import ndimage
 from skimage.filters import gaussian, threshold_otsu
+from skimage.measure import label
 from skimage.morphology import local_maxima
 from skimage.segmentation import watershed
 
+from braincensus.labelling import (
+    ComponentsLabeller,
+    DistanceWatershedLabeller,
+    Labeller,
+    VoronoiOtsuLabeller,
+    WatershedLabeller,
+)
+from braincensus_kernels.backend import cuda_available
+from braincensus_kernels.block_labels import BlockLabels
 from braincensus_kernels.boxes import Box
+from braincensus_kernels.components import connected_components
 from braincensus_kernels.filters import gaussian_blur
 from braincensus_kernels.histogram import count_values, otsu_threshold
 from braincensus_kernels.voronoi_otsu import label_block, reach_voxels, voronoi_otsu
+from braincensus_kernels.watershed import distance_watershed
+from braincensus_kernels.watershed import watershed as watershed_of_ours
 
 C5IMAGE = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "c5image.tif"
 SIGMA_PAIRS = [(0.65, 0.65), (2.0, 1.0)]
@@ -192,6 +207,115 @@ def measure(side: int, repeats: int, python: str, spot: float, outline: float) -
     )
 
 
+WATERSHED = {"threshold": 0.136, "seed_threshold": 0.25}
+"""Of the stretched values, as fractions of 65535: Otsu's threshold of the real volume, and brighter seeds."""
+
+
+def scikit_image_by_threshold(image: Any) -> Any:
+    """Do what the plugin's `binary_watershed` does, without its removal of small seeds."""
+    seeds = label(image > WATERSHED["seed_threshold"] * 65535)
+    return watershed(-image.astype(np.float64), seeds, mask=image > WATERSHED["threshold"] * 65535)
+
+
+def scikit_image_by_distance(image: Any) -> Any:
+    mask = image > WATERSHED["threshold"] * 65535
+    depth = gaussian(ndimage.distance_transform_edt(mask), 1, preserve_range=True)
+    seeds, _ = ndimage.label(local_maxima(depth) & mask, structure=np.ones((3, 3, 3)))
+    return watershed(-depth, seeds, mask=mask)
+
+
+def by_blocks(volume: Any, inner: Box, side: int, labeller: Labeller, threshold: float) -> list[BlockLabels]:
+    """Label `inner` in blocks, each with its halo from the volume around."""
+    found = []
+    for core in inner.tiles((side, side, side)):
+        outer = core.dilate(labeller.reach).clip(volume.shape)
+        block = np.ascontiguousarray(volume[outer.slices])
+        found.append(
+            labeller.label(block, outer=outer, core=core, volume_shape=volume.shape, threshold=threshold)
+        )
+    return found
+
+
+def measure_others(side: int, repeats: int) -> None:
+    """Print the table of the labellers that are not Voronoi-Otsu."""
+    image, origin = cell_volume(side)
+    threshold, seed_threshold = (WATERSHED[name] * 65535 for name in ("threshold", "seed_threshold"))
+    mask = image > threshold
+    plain, zero = (0.65, 0.65, 0.65), (0.0, 0.0, 0.0)
+    ones = np.ones((3, 3, 3))
+    contenders: list[tuple[str, str, Callable[[], Any]]] = [
+        ("components", "ours, single-shot", lambda: connected_components(image, threshold)),
+        ("components", "scipy.ndimage.label", lambda: ndimage.label(image > threshold, structure=ones)[0]),
+        ("components", "scikit-image label", lambda: label(image > threshold, connectivity=3)),
+        (
+            "watershed, threshold",
+            "ours, single-shot",
+            lambda: watershed_of_ours(image, threshold=threshold, seed_threshold=seed_threshold),
+        ),
+        ("watershed, threshold", "scikit-image watershed", lambda: scikit_image_by_threshold(image)),
+        (
+            "watershed, distance",
+            "ours, single-shot",
+            lambda: distance_watershed(image, threshold=threshold, limit=10),
+        ),
+        ("watershed, distance", "scikit-image watershed", lambda: scikit_image_by_distance(image)),
+    ]
+    steps = 10
+    labellers: list[tuple[str, Labeller]] = [
+        ("components", ComponentsLabeller(zero)),
+        ("watershed, threshold", WatershedLabeller(zero, seed_threshold, 3, steps)),
+        ("watershed, distance", DistanceWatershedLabeller(zero, (1.0,) * 3, (1, 1, 1), 10, steps)),
+        ("voronoi-otsu", VoronoiOtsuLabeller(plain, plain, "plateau", steps)),
+    ]
+    print(f"\n{side}^3 voxels, uint16, {100 * mask.mean():.1f} % foreground ({origin}), one thread each.\n")
+    print("| labeller | method | seconds | Mvoxel/s per core | cells | note |\n|---|---|---|---|---|---|")
+    for name, method, work in contenders:
+        work()  # compile before the clock starts
+        seconds, found = best_seconds(repeats if "ours" in method else 1, work)
+        print(f"| {name} | {method} | {seconds:.2f} | {side**3 / seconds / 1e6:.1f} | {int(found.max())} | |")
+    for name, labeller in labellers:
+        reach = labeller.reach[0]
+        wide, _ = cell_volume(side + 2 * reach)
+        inner = Box((reach,) * 3, (reach + side,) * 3)
+        for block in BLOCK_SIDES:
+            run = partial(by_blocks, wide, inner, block, labeller, threshold)
+            seconds, found = best_seconds(repeats, run)
+            again = sum(not part.complete for part in found)
+            note = f"halo {reach}, growth up to {steps} steps; {again} of {len(found)} need a larger halo"
+            rate = side**3 / seconds / 1e6
+            print(f"| {name} | ours, {block}^3 blocks | {seconds:.2f} | {rate:.1f} | | {note} |")
+
+
+def measure_gpu(side: int, repeats: int) -> None:
+    """Print the table of what runs on a GPU, beside the CPU's on the same data, and whether both agree."""
+    import cupy
+
+    image, _ = cell_volume(side)
+    threshold = WATERSHED["threshold"] * 65535
+    on_gpu = cupy.asarray(image)
+
+    def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+        def finished() -> Any:
+            found = work()
+            cupy.cuda.Device().synchronize()
+            return found
+
+        finished()
+        return best_seconds(repeats, finished)
+
+    name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    print(f"\nOn {name}, {side}^3 voxels already there.\n")
+    print("| labeller | seconds | Mvoxel/s | voxels unlike the CPU's |\n|---|---|---|---|")
+    for labeller, work in (
+        ("voronoi-otsu 0.65, 0.65", lambda image: voronoi_otsu(image, 0.65, 0.65)),
+        ("voronoi-otsu 2, 1", lambda image: voronoi_otsu(image, 2.0, 1.0)),
+        ("components", lambda image: connected_components(image, threshold)),
+    ):
+        seconds, found = timed(partial(work, on_gpu))
+        unlike = int((cupy.asnumpy(found) != work(image)).sum())
+        print(f"| {labeller} | {seconds:.4f} | {side**3 / seconds / 1e6:.0f} | {unlike} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--side", type=int, default=256, help="side of the volume, voxels")
@@ -208,6 +332,11 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for spot, outline in SIGMA_PAIRS:
         measure(options.side, options.repeats, options.pyclesperanto, spot, outline)
+    measure_others(options.side, options.repeats)
+    if cuda_available():
+        measure_gpu(options.side, options.repeats)
+    else:
+        print("\nNo GPU that CuPy can use: nothing measured on one.")
 
 
 if __name__ == "__main__":

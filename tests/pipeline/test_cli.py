@@ -155,6 +155,32 @@ def test_the_provenance_says_how_it_was_made(finished):
     assert 0 < about["labelling"]["outline_threshold"] < 1
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("--method", "components", "--closing-radius", 6, "--max-volume", 20_000),
+        ("--method", "watershed", "--seeds", "distance", "--threshold", "otsu", "--merge-border", "0.9,1"),
+    ],
+    ids=["components", "watershed"],
+)
+def test_the_other_labellers_from_the_command_line(tmp_path, phantom, method):
+    np.save(tmp_path / "brain.npy", phantom)
+    common = (tmp_path / "brain.npy", "--voxel-size", "5,5.26,5.26", "--foreground", "intensity")
+    planned = call("plan", *common, *(method[:4]))
+    assert f"{method[1]}, reach" in planned.output, planned.output
+    out = tmp_path / "out.zarr"
+    result = call("run", common[0], out, *common[1:], "--block-size", 32, "--workers", 1, *method)
+    assert result.exit_code == 0, result.output
+    found = open_result(out)
+    assert 15 <= found.n_cells <= 60
+    assert found.seams["method"] == method[1]
+    assert found.seams["exact"]
+    assert found.provenance["labelling"]["labeller"]["outline_sigma"] == [0, 0, 0]
+    left = {path.name for path in (out / "braincensus").iterdir()}
+    assert left == {"tile_median", "zarr.json"}, "working files are removed"
+    assert "density beside seams" in call("info", out).output
+
+
 def test_an_existing_output_is_refused_and_kept(finished, volume):
     before = (finished / "zarr.json").read_bytes()
     output = failing("run", volume, finished)

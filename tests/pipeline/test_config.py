@@ -70,3 +70,30 @@ def test_a_file_that_is_no_configuration(tmp_path, text, message):
 def test_a_missing_file_is_said():
     with pytest.raises(ConfigError, match="cannot read the configuration"):
         RunConfig.from_yaml("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("labelling", "message"),
+    [
+        ({"method": "watershed", "spot_sigma": 1}, "watershed.spot_sigma"),
+        ({"method": "components", "max_radius_um": 5}, "components.max_radius_um"),
+        ({"method": "watershed", "threshold": 0.9, "seed_threshold": 0.5}, "seeds are foreground"),
+        ({"merge_border": (0.9, 0.1)}, "low before high"),
+        ({"merge_border": (35, 100)}, "merge_border"),
+        ({"method": "voronoi"}, "voronoi-otsu"),
+        ({"closing_radius_um": -1}, "closing_radius_um"),
+    ],
+)
+def test_labellers_refuse_what_they_do_not_have(labelling, message):
+    with pytest.raises(ConfigError, match=message):
+        RunConfig().merged({"labelling": labelling})
+
+
+def test_the_printed_alternatives_are_valid():
+    """What stands behind `# or, ...` can be pasted: uncommented, it is that labeller's default."""
+    text = commented_yaml()
+    for method in ("components", "watershed"):
+        start = text.index(f"# labelling:\n#   method: {method}")
+        lines = text[start:].split("\n\n")[0].split("# or, ")[0].splitlines()
+        loaded = yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines))
+        assert RunConfig().merged(loaded).labelling.method == method

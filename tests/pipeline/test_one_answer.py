@@ -57,7 +57,12 @@ def image(request: pytest.FixtureRequest) -> np.ndarray:
 
 
 def census(
-    image: np.ndarray, folder: Path, client: Client, block: tuple[int, int, int] | None, model: str
+    image: np.ndarray,
+    folder: Path,
+    client: Client,
+    block: tuple[int, int, int] | None,
+    model: str,
+    labelling: dict[str, object] | None = None,
 ) -> Census:
     shape = block or image.shape
     config = RunConfig().merged(
@@ -65,6 +70,7 @@ def census(
             "input": {"voxel_size_um": VOXEL_SIZE_UM},
             "foreground": {"model": model},
             "compute": {"block_voxels": shape},
+            "labelling": labelling or {},
         }
     )
     result = run(image, folder / "out.zarr", config=config, client=client, overwrite=True)
@@ -94,3 +100,24 @@ def test_any_block_size_and_any_number_of_workers_give_one_answer(image, clients
         assert np.array_equal(again.density, whole.density), block
         assert again.exact
         assert again.faces > 0
+
+
+LABELLERS: dict[str, dict[str, object]] = {
+    "components": {"method": "components", "threshold": 0.2},
+    "watershed": {"method": "watershed", "threshold": "otsu", "seed_threshold": 0.6},
+    "distance": {"method": "watershed", "threshold": "otsu", "seeds": "distance", "merge_border": (0.8, 1)},
+}
+
+
+@pytest.mark.parametrize("labeller", LABELLERS)
+def test_every_labeller_gives_one_answer(c5image_path, clients, tmp_path, labeller):
+    """On the real volume, through the whole pipeline."""
+    volume = open_volume(c5image_path, voxel_size_um=VOXEL_SIZE_UM)
+    image, how = volume.read(volume.box), LABELLERS[labeller]
+    whole = census(image, tmp_path, clients[1], None, "intensity", how)
+    again = census(image, tmp_path, clients[3], (40, 48, 33), "intensity", how)
+    assert len(whole.cells) > 100
+    assert np.array_equal(again.labels, whole.labels)
+    pd.testing.assert_frame_equal(again.cells, whole.cells, check_exact=True)
+    assert np.array_equal(again.density, whole.density)
+    assert again.exact
