@@ -37,6 +37,7 @@ from braincensus.labelling import (
     VoronoiOtsuLabeller,
     WatershedLabeller,
 )
+from braincensus.store import chunk_and_shard, create_output
 from braincensus_kernels.backend import cuda_available
 from braincensus_kernels.block_labels import BlockLabels
 from braincensus_kernels.boxes import Box
@@ -286,6 +287,26 @@ def measure_others(side: int, repeats: int) -> None:
             print(f"| {name} | ours, {block}^3 blocks | {seconds:.2f} | {rate:.1f} | | {note} |")
 
 
+def measure_reading(side: int, repeats: int) -> None:
+    """Print how fast blocks come from an output's store: labelling should not be slower."""
+    image, _ = cell_volume(side)
+    with tempfile.TemporaryDirectory() as folder:
+        output = create_output(Path(folder) / "o.zarr", overwrite=True, voxel_size_um=(1.0, 1.0, 1.0))
+        whole = Box.whole(image.shape)
+        for block in BLOCK_SIDES:
+            chunk, shard = chunk_and_shard((block,) * 3)
+            output.create_array(str(block), shape=image.shape, dtype="uint16", chunk=chunk, shard=shard)
+            cores = list(whole.tiles((block,) * 3))
+            for core in cores:
+                output.write_block(str(block), core, image[core.slices])
+            outers = [core.dilate(14).clip(image.shape) for core in cores]
+            seconds, _ = best_seconds(repeats, lambda: [output.read_block(str(block), o) for o in outers])  # noqa: B023
+            rate = side**3 / seconds / 1e6
+            print(
+                f"| - | reading {block}^3 blocks, halo 14 | {seconds:.2f} | {rate:.1f} | | zstd, checksums |"
+            )
+
+
 def measure_gpu(side: int, repeats: int) -> None:
     """Print the table of what runs on a GPU, beside the CPU's on the same data, and whether both agree."""
     import cupy
@@ -333,6 +354,7 @@ def main() -> None:
     for spot, outline in SIGMA_PAIRS:
         measure(options.side, options.repeats, options.pyclesperanto, spot, outline)
     measure_others(options.side, options.repeats)
+    measure_reading(options.side, options.repeats)
     if cuda_available():
         measure_gpu(options.side, options.repeats)
     else:
