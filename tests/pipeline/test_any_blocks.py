@@ -254,14 +254,31 @@ def test_filters_judge_whole_cells_not_their_parts(tmp_path):
         assert found.cells["volume_voxels"].tolist() == [4 * 4 * 8], method
 
 
+def test_a_larger_halo_is_read_where_the_planned_one_does_not_decide(tmp_path):
+    """A flood that may come from beyond the halo: noticed, and followed until it is certain that it does not."""
+    image, labelling = long_flood()
+    whole = census(image, tmp_path, labelling=labelling)
+    parts = census(image, tmp_path, block=(8, 8, 50), labelling=labelling)
+    assert parts.seams.blocks_with_larger_halo > 0
+    assert not parts.seams.incomplete
+    np.testing.assert_array_equal(parts.labels, whole.labels)
+
+
 def test_what_memory_cannot_decide_is_counted_and_listed(tmp_path):
-    """A flood that comes from beyond what a block may read: told, with the block; the run goes on."""
-    rng = np.random.default_rng(5)
-    image = np.full((8, 8, 400), int(0.5 * TOP), np.uint16)
-    image += rng.integers(0, 9000, image.shape).astype(np.uint16)
-    image[3:5, 3:5, 5:9] = TOP
-    labelling = METHODS["watershed"] | {"max_radius_um": 300}
-    enough = census(image, tmp_path, block=(8, 8, 350), labelling=labelling)
-    assert not enough.seams.incomplete
-    tight = census(image, tmp_path, block=(8, 8, 50), labelling=labelling)
-    assert np.array_equal(tight.labels, enough.labels)
+    """The same with no memory for more than the planned halo: the run goes on, and says where."""
+    image, labelling = long_flood()
+    parts = census(image, tmp_path, block=(8, 8, 50), labelling=labelling, gib=0.5)
+    listed = parts.seams.summary()["incomplete"]
+    assert parts.seams.summary()["incomplete_blocks"] == len(listed) > 0
+    for entry in listed:
+        assert entry["start"] == [0, 0, entry["block"] * 50]
+        assert entry["stop"] == [8, 8, entry["block"] * 50 + 50]
+    assert parts.labels.max() == len(parts.cells) > 0
+
+
+def long_flood() -> tuple[np.ndarray, dict[str, Any]]:
+    """Many seeds in one bar with hardly any relief: what floods a voxel might come from beyond the halo."""
+    image = np.full((8, 8, 400), int(0.6 * TOP), np.uint16)
+    image[:, :, ::2] -= np.uint16(500)
+    image[3:5, 3:5, 5:395:6] = TOP
+    return image, METHODS["watershed"] | {"max_radius_um": 3, "seed_threshold": 0.7, "min_seed_voxels": 1}
