@@ -255,7 +255,7 @@ def test_filters_judge_whole_cells_not_their_parts(tmp_path):
 
 
 def test_a_larger_halo_is_read_where_the_planned_one_does_not_decide(tmp_path):
-    """A flood that may come from beyond the halo: noticed, and followed until it is certain that it does not."""
+    """A flood that may come from beyond the halo: noticed, and followed until it is certain."""
     image, labelling = long_flood()
     whole = census(image, tmp_path, labelling=labelling)
     parts = census(image, tmp_path, block=(8, 8, 50), labelling=labelling)
