@@ -256,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cells", type=float, nargs="+", default=[1e6, 1e7, 1e8])
+    parser.add_argument("--cells", type=float, nargs="*", default=[1e6, 1e7, 1e8])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
         "--folder", type=Path, help="where to write (about 400 bytes a cell); default: temporary"
@@ -269,11 +269,12 @@ def main() -> None:
     if args.one is not None:
         measure_cells(int(args.one), args.workers, args.folder)
         return
-    print(
-        "| cells | blocks | cut by a face | stitch | look up labels | cell table | stitch + look up, "
-        "per cell | client peak | worker peak |\n|---|---|---|---|---|---|---|---|---|",
-        flush=True,
-    )
+    if args.cells:
+        print(
+            "| cells | blocks | cut by a face | stitch | look up labels | cell table | stitch + look up, "
+            "per cell | client peak | worker peak |\n|---|---|---|---|---|---|---|---|---|",
+            flush=True,
+        )
     for cells in args.cells:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             command = [sys.executable, __file__, "--one", str(cells), "--workers", str(args.workers)]

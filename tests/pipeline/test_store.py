@@ -480,22 +480,29 @@ def test_working_files_come_back_and_go(unfinished):
 
 
 def test_missing_and_damaged_working_files_are_named(unfinished):
-    with pytest.raises(OutputError, match=r"lacks .*partials/7\.npz"):
+    with pytest.raises(OutputError, match=r"lacks .*partials/7\.safetensors"):
         unfinished.read_work("partials/7")
     with pytest.raises(OutputError, match=r"lacks .*seeds\.npy"):
         unfinished.map_work("seeds")
     unfinished.write_work("w", {"a": np.arange(1000)})
     unfinished.write_map("m", np.arange(1000))
-    for name, read in (("w.npz", unfinished.read_work), ("m.npy", unfinished.map_work)):
+    for name, read in (("w.safetensors", unfinished.read_work), ("m.npy", unfinished.map_work)):
         file = unfinished.work_dir / name
         good = file.read_bytes()
         for kept in (0, 5, len(good) // 2, len(good) - 1):
             file.write_bytes(good[:kept])
             with pytest.raises(OutputError, match=f"cannot read .*{name}"):
                 read(name[0])
+    file = unfinished.work_dir / "w.safetensors"
+    unfinished.write_work("w", {"a": np.arange(1000)})
+    flipped = bytearray(file.read_bytes())
+    flipped[-500] ^= 1
+    file.write_bytes(flipped)
+    with pytest.raises(OutputError, match="checksum"):
+        unfinished.read_work("w")
     with pytest.raises(ValueError, match="pickle"):
         unfinished.write_work("objects", {"a": np.array([object()])})
-    assert not (unfinished.work_dir / "objects.npz").exists()
+    assert not (unfinished.work_dir / "objects.safetensors").exists()
 
 
 # What others read

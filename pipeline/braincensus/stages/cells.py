@@ -135,7 +135,7 @@ def _contributors(spec: _Cells, number: int) -> list[int]:
 
 def _merge_block(spec: _Cells, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     parts = []
-    for other in {number, *_contributors(spec, number)}:
+    for other in sorted({number, *_contributors(spec, number)}):
         # A cell of another block can be this one's only under an alias.
         own = other == number or spec.aliases.size > 0
         foreign = other != number or spec.aliases.size > 0

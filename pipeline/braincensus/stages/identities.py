@@ -13,6 +13,7 @@ import numpy as np
 
 from braincensus.blocks import BlockGrid
 from braincensus.store import Output
+from braincensus.worker import keep
 from braincensus_kernels.union_find import connected
 
 
@@ -49,8 +50,8 @@ class Aliases:
         return np.where(old[place] == seeds, new[place], seeds)
 
     def pairs(self) -> np.ndarray:
-        """Return aliases and what they stand for: int64, (2, size), the first row ascending."""
-        return self.output.map_work(self.name)
+        """Return aliases and what they stand for: int64, (2, size), the first row ascending; mapped once."""
+        return keep("aliases", (self.output.token, self.name), lambda: self.output.map_work(self.name))
 
 
 def write_aliases(output: Output, name: str, same: list[np.ndarray]) -> Aliases:

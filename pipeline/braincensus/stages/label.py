@@ -55,7 +55,8 @@ class BlockSummary:
     complete: bool
     seconds: float
     owners: np.ndarray = field(repr=False)
-    """Numbers of the blocks that own a cell of which this block has a voxel, or a neighbour of one."""
+    """Numbers of the blocks that own a cell of which this block has a voxel (or, where it matters which
+    cells touch, has one beside its core)."""
 
     def row(self) -> dict[str, Any]:
         """Give the row of ``tables/blocks``."""
@@ -173,7 +174,7 @@ def _label_block(spec: _Label, number: int) -> BlockSummary:
         halo_voxels=halo,
         complete=found.complete,
         seconds=time.perf_counter() - began,
-        owners=np.unique(owners).astype(np.int32),
+        owners=np.unique(owners if spec.touching else owners[seen]).astype(np.int32),
     )
 
 

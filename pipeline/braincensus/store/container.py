@@ -125,7 +125,7 @@ class Output:
 
     def write_work(self, name: str, columns: Mapping[str, np.ndarray]) -> None:
         """Write named arrays as a working file, for example ``partials/0000012``; whole or not at all."""
-        write_arrays(self._work(name, ".npz"), columns)
+        write_arrays(self._work(name, ".safetensors"), columns)
 
     def read_work(self, name: str) -> dict[str, np.ndarray]:
         """Read a working file.
@@ -135,7 +135,7 @@ class Output:
         OutputError
             If it is missing or damaged; names the file.
         """
-        return read_arrays(self._work(name, ".npz"))
+        return read_arrays(self._work(name, ".safetensors"))
 
     def write_map(self, name: str, values: np.ndarray) -> None:
         """Write one array as a working file that `map_work` can map (``<name>.npy``)."""
