@@ -181,7 +181,9 @@ class Watershed(_Labelling):
         "threshold",
         description="threshold: what is above seed_threshold; distance: what is farthest from the background",
     )
-    seed_threshold: Probability = Field(0.9, description="seeds by threshold: probability above which")
+    seed_threshold: Probability = Field(
+        0.9, description="seeds by threshold: what is above it (and above threshold)"
+    )
     min_seed_voxels: Positive = Field(3, description="seeds by threshold: smaller ones are none")
     seed_sigma: TripleSigma = Field(
         (1.0, 1.0, 1.0), description="seeds by distance: blur of the distance; larger: fewer"

@@ -62,7 +62,8 @@ class Labeller(ABC):
     joins_by_anchors: ClassVar[bool] = False
     """Whether one thing goes by several names until they are joined at the faces."""
     bytes_per_voxel: ClassVar[int]
-    """What labelling holds at most, for each voxel of a block and its halo."""
+    """What labelling holds at most, for each voxel of a block and its halo; as measured where half of them
+    are foreground, and some more."""
 
     @property
     @abstractmethod
@@ -83,7 +84,7 @@ class VoronoiOtsuLabeller(Labeller):
     spot_sigma: TripleFloat
     seeds: SeedRule
     max_steps: int
-    bytes_per_voxel = 16  # probability, blur, seeds, labels (15 measured)
+    bytes_per_voxel = 16
 
     @property
     def reach(self) -> Triple:
@@ -141,7 +142,7 @@ class WatershedLabeller(Labeller):
     min_seed_voxels: int
     max_steps: int
     joins_by_anchors = True
-    bytes_per_voxel = 32
+    bytes_per_voxel = 60
 
     @property
     def reach(self) -> Triple:
@@ -161,7 +162,8 @@ class WatershedLabeller(Labeller):
             volume_shape=volume_shape,
             sigma=self.outline_sigma,
             threshold=threshold,
-            seed_threshold=self.seed_threshold,
+            # Otsu's threshold is not known beforehand, and may lie higher: seeds are foreground.
+            seed_threshold=max(self.seed_threshold, threshold),
             min_seed_voxels=self.min_seed_voxels,
             max_steps=self.max_steps,
         )
@@ -175,7 +177,7 @@ class DistanceWatershedLabeller(Labeller):
     spacing_nm: Triple
     limit_nm: int
     max_steps: int
-    bytes_per_voxel = 40
+    bytes_per_voxel = 30
 
     @property
     def reach(self) -> Triple:

@@ -19,6 +19,7 @@ from scipy import ndimage
 
 from braincensus import RunConfig, open_volume
 from braincensus.cluster import GIB, Resources
+from braincensus.labelling import WatershedLabeller
 from braincensus.planning import make_plan
 from braincensus.progress import Silent
 from braincensus.stages import label, measure, relabel, stitch
@@ -282,3 +283,12 @@ def long_flood() -> tuple[np.ndarray, dict[str, Any]]:
     image[:, :, ::2] -= np.uint16(500)
     image[3:5, 3:5, 5:395:6] = TOP
     return image, METHODS["watershed"] | {"max_radius_um": 3, "seed_threshold": 0.7, "min_seed_voxels": 1}
+
+
+def test_a_threshold_above_the_seeds_own_is_theirs_too(tmp_path):
+    """Otsu's threshold is found in the run, long after the configuration was checked."""
+    image = blobs(4, (12, 16, 16))
+    labeller = WatershedLabeller((0.0, 0.0, 0.0), 0.3 * TOP, 1, 4)
+    box = Box.whole(image.shape)
+    found = labeller.label(image, outer=box, core=box, volume_shape=image.shape, threshold=0.6 * TOP)
+    np.testing.assert_array_equal(found.labels > 0, image > 0.6 * TOP)
