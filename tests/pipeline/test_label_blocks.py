@@ -20,11 +20,11 @@ from scipy import ndimage
 from skimage.measure import label as label_parts
 
 import braincensus
-from braincensus import BlockError, ConfigError, InputError, OutputError, label_blocks
-from braincensus import blockwise as module
+from braincensus import BlockError, ConfigError, InputError, OutputError, blockwise, label_blocks
 from braincensus.blocks import BlockGrid
-from braincensus.blockwise import MOST_LISTED, Disagreement
-from braincensus.blockwise_work import for_workers
+from braincensus.blockwise import LabelBlocksAudit, label, match, relabel
+from braincensus.blockwise.audit import MOST_LISTED, Disagreement
+from braincensus.blockwise.spec import for_workers
 from braincensus.tasks import map_blocks
 
 CUBE = np.ones((3, 3, 3), bool)
@@ -207,7 +207,8 @@ def shuffled_and_repeated(seed: int):
 @settings(max_examples=20)
 def test_any_blocks_halo_and_order_give_the_truth(truth, block_size, halo, seed):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "map_blocks", shuffled_and_repeated(seed))
+        for step in (label, match, relabel):
+            patch.setattr(step, "map_blocks", shuffled_and_repeated(seed))
         labels, audit = label_blocks(truth, perfect, block_size=block_size, halo=halo)
     np.testing.assert_array_equal(labels[:], in_order(truth))
     assert audit.exact
@@ -481,7 +482,8 @@ def test_a_summary_is_json_and_the_name_is_exported():
     told = json.loads(json.dumps(audit.summary()))
     assert told["exact"] is False
     assert told["unmatched"][0]["zyx"] == [1, 3, 10]
-    assert braincensus.label_blocks is module.label_blocks
+    assert braincensus.label_blocks is blockwise.label_blocks
+    assert isinstance(audit, LabelBlocksAudit)
     assert "label_blocks" in dir(braincensus)
 
 

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from braincensus import label_blocks, worker
 from braincensus.blocks import BlockGrid
-from braincensus.blockwise_work import Work
+from braincensus.blockwise.work import Work
 from braincensus.labellers import CellposeLabeller
 
 SHAPE = (12, 12, 24)

@@ -15,11 +15,10 @@ same voxels, and a neighbour reads only the chunks of what it shares.
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,21 +27,19 @@ from uuid import uuid4
 
 import numpy as np
 import zarr
-from distributed.protocol.pickle import dumps
 from zarr.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
 from braincensus.blocks import Block, BlockGrid
-from braincensus.errors import ConfigError, InputError, OutputError, explain
+from braincensus.errors import OutputError, explain
 from braincensus.store import arrays
 from braincensus.store.files import PARTIAL, writing
-from braincensus.worker import keep
 from braincensus_kernels.boxes import Box, Triple
 
-_TILES, _INPUT, _LABELS = "tiles", "input", "labels"
-_OFFSETS, _FINAL, _LABELLER, _ALIVE = "offsets.npy", "final.npy", "labeller.pickle", "alive"
+INPUT, LABELLER = "input", "labeller.pickle"
+_TILES, _LABELS = "tiles", "labels"
+_OFFSETS, _FINAL, _ALIVE = "offsets.npy", "final.npy", "alive"
 _LARGEST_CHUNK = 64
-_LARGEST_HANDLE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -141,7 +138,7 @@ class Work:
 
     def create_labels(self, dtype: np.dtype[Any]) -> None:
         """Make the result, empty."""
-        _create(self.root, _LABELS, self.grid, dtype)
+        create(self.root, _LABELS, self.grid, dtype)
 
     def write_labels(self, core: Box, labels: np.ndarray) -> None:
         """Write a block's part of the result."""
@@ -205,107 +202,7 @@ def _remove(folder: Path) -> None:
         time.sleep(0.1)  # a task that was under way wrote into it meanwhile
 
 
-def _create(root: Path, name: str, grid: BlockGrid, dtype: np.dtype[Any]) -> None:
+def create(root: Path, name: str, grid: BlockGrid, dtype: np.dtype[Any]) -> None:
+    """Make an empty array of the volume's shape, in shards that no two blocks' cores share."""
     chunk, shard = arrays.chunk_and_shard(grid.block_shape)
     arrays.create(root, name, shape=grid.volume_shape, dtype=dtype, chunk=chunk, shard=shard, fill_value=0)
-
-
-# What workers need of the caller's
-
-
-def for_workers(volume: Any, root: Path, grid: BlockGrid) -> Any:
-    """Return a volume of which a task reads only its block: the volume itself, or a copy on disk.
-
-    A small handle to a store (a zarr array) goes to the workers as it is. Arrays that hold their
-    voxels, or a graph that may (dask), are copied once, block by block.
-    """
-    holds = isinstance(volume, np.ndarray) or hasattr(volume, "__dask_graph__")
-    if not holds and _is_small(volume):
-        return volume
-    first = read_voxels(volume, Box((0, 0, 0), (1, 1, 1)))
-    _create(root, _INPUT, grid, first.dtype.newbyteorder("="))
-    for block in grid:
-        arrays.write(root, _INPUT, block.core, read_voxels(volume, block.core))
-    return arrays.open_array(root, _INPUT, mode="r")
-
-
-class _Counting:
-    """A file that counts what is written to it and gives up when that is too much."""
-
-    def __init__(self) -> None:
-        self.written = 0
-
-    def write(self, data: Any) -> int:
-        self.written += memoryview(data).nbytes
-        if self.written > _LARGEST_HANDLE_BYTES:
-            raise OverflowError("too large to send to every task")
-        return memoryview(data).nbytes
-
-
-def _is_small(volume: Any) -> bool:
-    try:
-        pickle.Pickler(_Counting()).dump(volume)
-    except Exception:  # whatever keeps it from travelling, a copy does
-        return False
-    return True
-
-
-def read_voxels(volume: Any, box: Box) -> np.ndarray:
-    """Read a box of any array into one of its own."""
-    voxels = np.array(volume[box.slices], order="C")
-    if voxels.shape != box.shape:
-        raise InputError(
-            explain(
-                f"the volume does not give the voxels that were asked for, {box}",
-                expected=f"the shape {box.shape}",
-                found=f"{voxels.shape}",
-                cause="its shape attribute and its slicing do not agree",
-            )
-        )
-    return voxels
-
-
-def leave_labeller(labeller: Callable[[np.ndarray], Any], root: Path) -> None:
-    """Put the labeller where each worker process loads it once.
-
-    Raises
-    ------
-    ConfigError
-        If it cannot be pickled.
-    """
-    try:
-        pickled = dumps(labeller)
-    except Exception as err:
-        raise ConfigError(
-            explain(
-                "the labeller cannot be sent to the workers of a cluster",
-                expected="a function or object that can be pickled",
-                found=f"{type(err).__name__}: {err}"[:300],
-                cause="it holds a model, a lock or an open file",
-                remedy="load those inside the call, once, with braincensus.worker.keep (as "
-                "braincensus.labellers does), or run without a client",
-            )
-        ) from err
-    with writing(root / _LABELLER):
-        (root / _LABELLER).write_bytes(pickled)
-
-
-def the_labeller(root: Path) -> Callable[[np.ndarray], Any]:
-    """Return this process' copy of the labeller, loading it the first time."""
-
-    def load() -> Any:
-        try:
-            return pickle.loads((root / _LABELLER).read_bytes())
-        except Exception as err:
-            raise ConfigError(
-                explain(
-                    "the labeller cannot be loaded on this worker",
-                    expected="a function from a module that workers can import",
-                    found=f"{type(err).__name__}: {err}"[:300],
-                    cause="its module is missing on the worker",
-                    remedy="install that module on the workers, or client.upload_file(...)",
-                )
-            ) from err
-
-    labeller: Callable[[np.ndarray], Any] = keep("labeller of label_blocks", str(root), load)
-    return labeller
