@@ -176,7 +176,7 @@ def _explained(err: Exception, stage: str, number: int) -> BraincensusError:
             explain(
                 f"{stage}, block {number}: {type(err).__name__}: {err}",
                 cause="a full disk or an unreachable file system",
-                remedy="free some space or reconnect, then run again with --overwrite",
+                remedy="free some space or reconnect, then run again",
             )
         )
     return BlockError(f"{stage}, block {number}: {type(err).__name__}: {err}")
