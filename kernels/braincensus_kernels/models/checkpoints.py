@@ -2,6 +2,9 @@
 
 safetensors files hold nothing but arrays; ``.pth`` files are opened with ``weights_only``. What a
 file holds must be exactly what the network has: anything missing, extra or of another shape is listed.
+Three sets of names are known, nothing between them: a whole network (``encoder.`` and ``decoder.``), an
+encoder with that prefix, an encoder without it. A decoder is checked as strictly, though predicting
+does without it: a file that is half right is the wrong file.
 """
 
 from __future__ import annotations
@@ -22,12 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from braincensus_kernels.models.wnet3d import UNet
+from braincensus_kernels.models.registry import COMPACT, REGISTRY
+from braincensus_kernels.models.wnet3d import UNet, WNet3D
 
-COMPACT = "compact"
-"""Name of the weights shipped in the package."""
-
-_COMPACT_FILE = "wnet3d-compact.safetensors"
 _LEVELS = ("in_b.module.4.weight", "conv1.module.6.weight", "conv2.module.6.weight", "bot.module.6.weight")
 
 
@@ -52,6 +52,44 @@ class Weights:
         return encoder.eval()
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a file holds: the encoder, and the decoder if it is there."""
+
+    weights: Weights
+    decoder: Mapping[str, Tensor] | None = field(repr=False)
+    """Float32, keyed as `UNet.state_dict`; None where the file holds an encoder alone."""
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The state dict: of a `WNet3D`, or its encoder's part, with the prefix."""
+        state = {f"encoder.{key}": value for key, value in self.weights.encoder.items()}
+        return state | {f"decoder.{key}": value for key, value in (self.decoder or {}).items()}
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers there are."""
+        return sum(value.numel() for value in self.state.values())
+
+    def build_network(self) -> WNet3D:
+        """Return the whole network in evaluation mode.
+
+        Raises
+        ------
+        ValueError
+            If there is no decoder.
+        """
+        if self.decoder is None:
+            raise ValueError(f"{self.weights.source} holds an encoder alone, no whole network")
+        weights = self.weights
+        rebuilt = int(self.decoder["out_b.module.8.weight"].shape[0])
+        network = WNet3D(
+            weights.in_channels, rebuilt, weights.num_classes, channels=weights.channels, dropout=0.0
+        )
+        network.load_state_dict(self.state, strict=True)
+        return network.eval()
+
+
 def load_weights(source: str | Path) -> Weights:
     """Read the encoder's weights.
 
@@ -66,16 +104,29 @@ def load_weights(source: str | Path) -> Weights:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is of another kind, is damaged, would run code, or does not hold exactly an encoder.
+        If the file is of another kind, is damaged, would run code, or does not hold exactly an encoder or
+        a whole network.
 
     Examples
     --------
     >>> load_weights("compact").channels
     (16, 32, 64, 128)
     """
+    return load_checkpoint(source).weights
+
+
+def load_checkpoint(source: str | Path) -> Checkpoint:
+    """Read all that a file of weights holds; arguments and errors as `load_weights`.
+
+    Examples
+    --------
+    >>> load_checkpoint("compact").parameters
+    1581554
+    """
     name = str(source)
-    if name == COMPACT:
-        data = resources.files("braincensus_kernels.models").joinpath("weights", _COMPACT_FILE)
+    entry = REGISTRY.get(name)
+    if entry is not None and entry.bundled is not None:
+        data = resources.files("braincensus_kernels.models").joinpath("weights", entry.bundled)
         with resources.as_file(data) as path:
             return _load(path, name)
     path = Path(source)
@@ -110,7 +161,7 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], metadata: Mappin
     return _digest(path)
 
 
-def _load(path: Path, source: str) -> Weights:
+def _load(path: Path, source: str) -> Checkpoint:
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
         state, metadata = _read_safetensors(path)
@@ -118,12 +169,16 @@ def _load(path: Path, source: str) -> Weights:
         state, metadata = _read_pickle(path), {}
     else:
         raise ValueError(f"{path}: expected .safetensors, .pth or .pt, got {suffix or 'no extension'!r}")
-    encoder = _encoder_part(state)
+    encoder, decoder = _parts(state)
     channels, num_classes, in_channels = _infer_size(encoder, path)
-    _check_strict(encoder, channels, num_classes, in_channels, path)
-    _check_finite(encoder, str(path))
-    return Weights(
-        encoder={key: value.float().contiguous() for key, value in encoder.items()},
+    _check_strict("encoder", encoder, channels, (in_channels, num_classes), path)
+    if decoder is not None:
+        last = decoder.get("out_b.module.8.weight")
+        rebuilt = in_channels if last is None or last.ndim == 0 else int(last.shape[0])
+        _check_strict("decoder", decoder, channels, (num_classes, max(rebuilt, 1)), path)
+    _check_finite(state, str(path))
+    weights = Weights(
+        encoder=_float32(encoder),
         channels=channels,
         num_classes=num_classes,
         in_channels=in_channels,
@@ -131,6 +186,11 @@ def _load(path: Path, source: str) -> Weights:
         sha256=_digest(path),
         source=source,
     )
+    return Checkpoint(weights, None if decoder is None else _float32(decoder))
+
+
+def _float32(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().float().contiguous() for key, value in part.items()}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -158,16 +218,18 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], dict(loaded))
 
 
-def _encoder_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the decoder, and the prefix that a whole network's names have."""
-    kept = {key: value for key, value in state.items() if not key.startswith("decoder.")}
-    if any(key.startswith("encoder.") for key in kept):
-        # A name without the prefix beside names with it is not the encoder's: keep it, to be reported.
-        return {
-            key.removeprefix("encoder.") if key.startswith("encoder.") else f"({key})": kept[key]
-            for key in kept
-        }
-    return kept
+def _parts(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """Split into encoder and decoder, without their prefixes; a lone encoder may come without one."""
+    if not any(key.startswith(("encoder.", "decoder.")) for key in state):
+        return dict(state), None
+    encoder: dict[str, Tensor] = {}
+    decoder: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key.startswith("decoder."):
+            decoder[key.removeprefix("decoder.")] = value
+        else:  # a name without a prefix beside names with one is not the encoder's: kept, to be reported
+            encoder[key.removeprefix("encoder.") if key.startswith("encoder.") else f"({key})"] = value
+    return encoder, decoder or None
 
 
 def _infer_size(encoder: Mapping[str, Tensor], path: Path) -> tuple[tuple[int, int, int, int], int, int]:
@@ -185,26 +247,34 @@ def _infer_size(encoder: Mapping[str, Tensor], path: Path) -> tuple[tuple[int, i
 
 
 def _check_strict(
-    encoder: Mapping[str, Tensor],
+    kind: str,
+    part: Mapping[str, Tensor],
     channels: tuple[int, int, int, int],
-    num_classes: int,
-    in_channels: int,
+    ends: tuple[int, int],
     path: Path,
 ) -> None:
+    """Compare names, shapes and kinds of number with a `UNet` of these channels in and out (`ends`)."""
     with torch.device("meta"):
-        expected = UNet(in_channels, num_classes, channels=channels, dropout=0.0, softmax=True).state_dict()
-    missing = sorted(set(expected) - set(encoder))
-    unexpected = sorted(set(encoder) - set(expected))
+        expected = UNet(*ends, channels=channels, dropout=0.0, softmax=False).state_dict()
+    missing = sorted(set(expected) - set(part))
+    unexpected = sorted(set(part) - set(expected))
+    both = sorted(set(expected) & set(part))
     misshaped = [
-        f"{key}: {tuple(encoder[key].shape)} for {tuple(expected[key].shape)}"
-        for key in sorted(set(expected) & set(encoder))
-        if encoder[key].shape != expected[key].shape
+        f"{key}: {tuple(part[key].shape)} for {tuple(expected[key].shape)}"
+        for key in both
+        if part[key].shape != expected[key].shape
     ]
-    if missing or unexpected or misshaped:
-        listed = [("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped)]
-        lines = [f"  {kind}: {', '.join(keys)}" for kind, keys in listed if keys]
+    kinds = [f"{key}: {part[key].dtype}" for key in both if not part[key].is_floating_point()]
+    if missing or unexpected or misshaped or kinds:
+        listed = [
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", misshaped),
+            ("not of floating point", kinds),
+        ]
+        lines = [f"  {title}: {', '.join(keys)}" for title, keys in listed if keys]
         raise ValueError(
-            "\n".join([f"{path} does not hold exactly a WNet3D encoder of channels {channels}", *lines])
+            "\n".join([f"{path} does not hold exactly a WNet3D {kind} of channels {channels}", *lines])
         )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from braincensus_kernels.models.checkpoints import load_weights, save_weights
+from braincensus_kernels.models.checkpoints import load_checkpoint, load_weights, save_weights
 from braincensus_kernels.models.wnet3d import WNet3D
 
 CHANNELS = (4, 8, 12, 16)
@@ -80,6 +80,88 @@ def test_lists_what_is_missing_unexpected_and_misshaped(
     assert "missing: conv2.module.1.bias" in message
     assert "unexpected: extra.weight" in message
     assert "deconv3.module.4.weight: (3,) for (8,)" in message
+
+
+def changed(state: dict[str, torch.Tensor], change: str) -> dict[str, torch.Tensor]:
+    """A state dict that is almost one of a network."""
+    bad = dict(state)
+    part, _, change = change.partition(" ")
+    key = f"{part}.deconv2.module.5.weight"
+    match change:
+        case "missing":
+            del bad[key]
+        case "extra":
+            bad[f"{part}.deconv2.module.10.weight"] = torch.zeros(3)
+        case "renamed":
+            bad[key.replace("deconv2", "deconv_2")] = bad.pop(key)
+        case "prefixed":
+            bad["module." + key] = bad.pop(key)
+        case "bare":
+            bad[key.partition(".")[2]] = bad.pop(key)
+        case "wrong shape":
+            bad[key] = bad[key].flip(0)[:-1].clone()
+        case "turned":
+            bad[key] = bad[key].unsqueeze(0)
+        case "integer":
+            bad[key] = bad[key].to(torch.int32)
+        case "flat last":
+            bad[f"{part}.out_b.module.8.weight"] = torch.zeros(())
+        case "other width":
+            other = WNet3D(channels=(8, 8, 12, 16)).state_dict()
+            bad |= {k: v for k, v in other.items() if k.startswith(part)}
+        case "alone":
+            bad = {k: v for k, v in bad.items() if k.startswith(part)}
+        case "beside a bare encoder":
+            bad = {k: v for k, v in bad.items() if k.startswith(part)} | encoder_of(state)
+        case _:
+            raise AssertionError(change)
+    return bad
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            f"{part} {what}"
+            for part in ("encoder", "decoder")
+            for what in (
+                "missing", "extra", "renamed", "prefixed", "bare", "wrong shape", "turned", "integer",
+                "flat last", "other width",
+            )
+        ),
+        "decoder alone",
+        "decoder beside a bare encoder",
+    ],
+)  # fmt: skip
+def test_nothing_but_a_network_or_an_encoder_loads(
+    state: dict[str, torch.Tensor], tmp_path: Path, change: str, form: str
+) -> None:
+    path = tmp_path / f"bad.{form}"
+    (torch.save if form == "pth" else save_file)(changed(state, change), path)
+    with pytest.raises(ValueError, match="does not hold"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_whole_network_comes_back(tmp_path: Path, classes: int) -> None:
+    torch.manual_seed(0)
+    network = WNet3D(channels=CHANNELS, num_classes=classes, dropout=0.0).eval()
+    save_weights(tmp_path / "whole.safetensors", network.state_dict(), {})
+    checkpoint = load_checkpoint(tmp_path / "whole.safetensors")
+    image = torch.rand(1, 1, 8, 8, 8) * 100
+    with torch.inference_mode():
+        for found, expected in zip(checkpoint.build_network()(image), network(image), strict=True):
+            assert torch.equal(found, expected)
+    assert checkpoint.parameters == sum(p.numel() for p in network.parameters())
+
+
+def test_an_encoder_alone_is_no_network(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    torch.save(encoder_of(state), tmp_path / "encoder.pth")
+    checkpoint = load_checkpoint(tmp_path / "encoder.pth")
+    assert checkpoint.state.keys() == {k for k in state if k.startswith("encoder.")}
+    with pytest.raises(ValueError, match="encoder alone"):
+        checkpoint.build_network()
 
 
 def test_another_network_is_refused(tmp_path: Path) -> None:
