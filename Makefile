@@ -39,6 +39,7 @@ format: $(VENV)/.installed  ## rewrite the code in the project's style
 benchmarks: $(VENV)/.installed  ## every figure of benchmarks/RESULTS.md, on this machine
 	$(BIN)/python benchmarks/segment.py
 	$(BIN)/python benchmarks/label.py
+	$(BIN)/python benchmarks/stitch.py --cells 1e6 1e7 --no-dask-image
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/perturbations.py
 	$(BIN)/python benchmarks/quality.py

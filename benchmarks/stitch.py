@@ -5,7 +5,8 @@ First table: the working files that the label stage would leave are drawn (27,00
 every block's cells, and write the cell table. Each size runs in a process of its own, so that peaks do not
 mix; the time to draw is not counted.
 
-Second table: connected components of one volume, cut into more and more blocks.
+Second table: connected components of one volume, cut into more and more blocks; wants dask-image
+(`pip install -c constraints.txt ".[benchmarks]"`).
 
     python benchmarks/stitch.py [--cells 1e6 1e7 1e8] [--workers 2] [--folder DIR] [--no-dask-image]
 """
