@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-# In a process of its own, so that nothing but this block sets its peak. The first block compiles the kernels.
+# In a process of its own, so that nothing but this block sets its peak; compiling takes more memory than a
+# block does, so another process does that first and leaves the kernels in numba's cache.
 MEASURE = """
 import resource, sys
 import numpy as np
@@ -32,7 +33,7 @@ def label(times):
 
 label(1)
 found, per_voxel = label(times)
-assert len(found.seeds) > 100
+assert len(found.seeds) > 100 or times == 1
 print(per_voxel + 2, labeller.bytes_per_voxel)
 """
 
@@ -47,12 +48,13 @@ SETTINGS = {
 @pytest.mark.parametrize("volume", ["sparse", "dense"])
 @pytest.mark.parametrize("method", SETTINGS)
 def test_labelling_stays_within_its_projection(method, volume):
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, "5", volume, repr(SETTINGS[method])],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    for times in ("1", "5"):
+        run = subprocess.run(
+            [sys.executable, "-c", MEASURE, times, volume, repr(SETTINGS[method])],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert run.returncode == 0, run.stderr
     measured, projected = (float(number) for number in run.stdout.split())
     assert 2 < measured <= projected
