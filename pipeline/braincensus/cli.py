@@ -12,8 +12,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from braincensus import cli_weights
-
 app = typer.Typer(
     name="braincensus",
     help="Every labelled cell of a cleared brain, counted once.",
@@ -22,7 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(cli_weights.app)
 _out = Console()
 _err = Console(stderr=True)
 
