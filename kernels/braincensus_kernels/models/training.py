@@ -4,129 +4,306 @@
                                                decoder -> reconstruction error ┴-> one backward pass
 
 Crops come in [0, 100] from the caller, who knows where the voxels are and what their range is.
+
+Interruption changes nothing: what a step draws at random depends on the seed and the step's number alone
+(`training_crops.py`), so weights, optimiser and history are all there is to keep, as plain tensors
+(`Trainer.state`). A training that goes on from them gives the same bits as one that was never stopped.
+
+Several processes (torch's process group, set up by the caller) share each batch: every one takes its part
+of the crops, and gradients are averaged by DistributedDataParallel. The loss is a mean over the batch, so
+that they train what one process would, up to rounding and dropout. Nothing else is worth sharing: network
+and optimiser take under 1 GB at full size, while crops fill the memory, and those are what is divided.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import astuple, dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from braincensus_kernels.boxes import Triple
-from braincensus_kernels.models.soft_ncuts import ClassMeanSoftNCuts
+from braincensus_kernels.models.soft_ncuts import SoftNCutsForm, soft_ncuts
+from braincensus_kernels.models.training_crops import (
+    INPUT_TOP,
+    DrawCrop,
+    IntensityVariation,
+    crops_from_arrays,
+    draw_batch,
+)
+from braincensus_kernels.models.training_signs import (
+    WINDOW,
+    TrainingError,
+    TrainingStep,
+    everything_is_one_class,
+    figures,
+    signs,
+)
 from braincensus_kernels.models.wnet3d import WNet3D
 
-INPUT_TOP = 100.0
-"""Intensities lie in [0, INPUT_TOP]."""
+__all__ = [
+    "INPUT_TOP",
+    "DrawCrop",
+    "IntensityVariation",
+    "Trainer",
+    "TrainingError",
+    "TrainingSettings",
+    "TrainingStep",
+    "crops_from_arrays",
+    "train",
+]
 
-DrawCrop = Callable[[np.random.Generator], NDArray[np.float32]]
 
-_COLLAPSE_WINDOW = 40
-_COLLAPSE_FRACTION = 1e-4
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """The loss, the optimiser and their numbers."""
 
-
-class TrainingError(ValueError):
-    """Training that cannot go on: values that are not finite, or a class that nothing belongs to."""
-
-
-@dataclass(frozen=True)
-class IntensityVariation:
-    """How far the intensities of a crop are varied, so that the network does not depend on one exposure.
-
-    Each number is a half-width: gain is drawn from ``exp(-gain .. gain)``, gamma likewise, the
-    offset from ``-offset .. offset`` and the noise's standard deviation from ``0 .. noise``, in
-    units of the input range [0, 100]. Results are clipped to that range again.
-    """
-
-    gain: float = 0.0
-    gamma: float = 0.0
-    offset: float = 0.0
-    noise: float = 0.0
+    steps: int
+    """Optimiser steps."""
+    batch: int
+    """Crops in each step, over all processes."""
+    learning_rate: float
+    """Of Adam, after the warm-up."""
+    seed: int
+    """Determines crops, flips, turns, variation and dropout."""
+    weight_decay: float = 0.01
+    """Of Adam."""
+    warm_up_steps: int = 20
+    """Steps of linear rise of the learning rate."""
+    final_learning_rate: float = 0.05
+    """Factor to which the learning rate falls, as half a cosine; 1 keeps it constant."""
+    ncuts: SoftNCutsForm = "class-mean"
+    """Form of the soft normalised cut; see `soft_ncuts`."""
+    ncuts_weight: float = 0.5
+    """Of the cut in the loss."""
+    reconstruction: Literal["mse", "bce"] = "mse"
+    """Mean squared error in [0, 100], or binary cross-entropy of the decoder's sigmoid in [0, 1]."""
+    reconstruction_weight: float = 0.005
+    """Of the reconstruction in the loss."""
+    intensity_sigma: float = 1.0
+    """Of the cut."""
+    spatial_sigma_voxels: float = 4.0
+    """Of the cut."""
+    radius_voxels: int = 2
+    """Of the cut."""
+    variation: IntensityVariation | None = None
+    """Random change of intensities; None for none."""
 
     def __post_init__(self) -> None:
-        values = (self.gain, self.gamma, self.offset, self.noise)
-        if not all(math.isfinite(v) and v >= 0 for v in values):
-            raise ValueError(f"variations must be finite and not negative, got {values}")
+        if self.steps < 1 or self.batch < 1 or not 0 < self.learning_rate < math.inf:
+            raise ValueError(
+                "steps, batch and learning rate must be positive, got "
+                f"{self.steps}, {self.batch}, {self.learning_rate}"
+            )
+        if self.reconstruction not in ("mse", "bce"):
+            raise ValueError(f"the reconstruction's error must be mse or bce, got {self.reconstruction!r}")
+        not_negative = (self.ncuts_weight, self.reconstruction_weight, self.weight_decay, self.warm_up_steps)
+        if not all(0 <= value < math.inf for value in (*not_negative, self.seed)):
+            raise ValueError(
+                f"weights, warm-up and seed must not be negative, got {(*not_negative, self.seed)}"
+            )
+        if not 0 <= self.final_learning_rate <= 1:
+            raise ValueError(f"final_learning_rate is a factor from 0 to 1, got {self.final_learning_rate}")
+        self.cut()
 
-    def apply(self, crop: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
-        """Return a varied copy of `crop`."""
-        unit = np.clip(crop / INPUT_TOP, 0.0, 1.0)
-        unit = unit ** math.exp(rng.uniform(-self.gamma, self.gamma))
-        values = unit * (INPUT_TOP * math.exp(rng.uniform(-self.gain, self.gain)))
-        values += rng.uniform(-self.offset, self.offset)
-        if self.noise:
-            values += rng.standard_normal(crop.shape, dtype=np.float32) * rng.uniform(0.0, self.noise)
-        varied: NDArray[np.float32] = np.clip(values, 0.0, INPUT_TOP).astype(np.float32)
-        return varied
-
-
-@dataclass(frozen=True)
-class TrainingStep:
-    """What one step of training gave."""
-
-    step: int
-    loss: float
-    ncuts: float
-    reconstruction: float
-    learning_rate: float
-    smallest_class: float
-    """Mean probability of the class that has least."""
+    def cut(self) -> nn.Module:
+        """Return the soft normalised cut of these settings."""
+        return soft_ncuts(
+            self.ncuts,
+            intensity_sigma=self.intensity_sigma,
+            spatial_sigma_voxels=self.spatial_sigma_voxels,
+            radius_voxels=self.radius_voxels,
+        )
 
 
-def crops_from_arrays(arrays: Sequence[NDArray[np.float32]], crop_voxels: Triple) -> DrawCrop:
-    """Return a function that draws crops at random from arrays in memory.
+class Trainer:
+    """Training step by step, for who wants to do something in between.
 
-    Arrays are chosen in proportion to their number of voxels.
+    Parameters
+    ----------
+    network
+        Trained in place.
+    draw
+        Gives one crop for a random generator: float32 (z, y, x), extents in multiples of 8, values in
+        [0, 100]. All crops of a batch must have one shape.
+    settings
+        Of loss and optimiser.
+    device
+        As torch names it.
+    precision
+        ``float32`` or ``bfloat16`` (convolutions in bfloat16, the loss and the weights in float32).
 
     Raises
     ------
     ValueError
-        If there is no array, or one is smaller than a crop.
+        On an argument that cannot be used.
+
+    Notes
+    -----
+    Where torch's process group is initialised, all its processes must make the same trainer and the same
+    calls: each computes its part of a batch, and all end with the same weights.
     """
-    if not arrays:
-        raise ValueError("no array to draw crops from")
-    for array in arrays:
-        if array.ndim != 3 or any(n < c for n, c in zip(array.shape, crop_voxels, strict=True)):
-            raise ValueError(f"an array of shape {array.shape} cannot give crops of {crop_voxels}")
-    share = np.array([a.size for a in arrays], dtype=np.float64)
-    share /= share.sum()
 
-    def draw(rng: np.random.Generator) -> NDArray[np.float32]:
-        array = arrays[int(rng.choice(len(arrays), p=share))]
-        start = [int(rng.integers(n - c + 1)) for n, c in zip(array.shape, crop_voxels, strict=True)]
-        return array[tuple(slice(s, s + c) for s, c in zip(start, crop_voxels, strict=True))]
+    def __init__(
+        self,
+        network: WNet3D,
+        draw: DrawCrop,
+        settings: TrainingSettings,
+        *,
+        device: str = "cpu",
+        precision: str = "float32",
+    ) -> None:
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision must be float32 or bfloat16, got {precision!r}")
+        together = distributed.is_available() and distributed.is_initialized()
+        self._processes = distributed.get_world_size() if together else 1
+        self._rank = distributed.get_rank() if together else 0
+        if settings.batch % self._processes:
+            raise ValueError(
+                f"a batch of {settings.batch} crops cannot be shared by {self._processes} processes"
+            )
+        self.network = network.to(device)
+        self.settings = settings
+        self.history: list[TrainingStep] = []
+        self._draw, self._device, self._precision = draw, device, precision
+        self._cut = settings.cut().to(device)
+        self._optimiser = torch.optim.Adam(
+            network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self._forward: nn.Module = (
+            nn.parallel.DistributedDataParallel(
+                network, device_ids=None if torch.device(device).type == "cpu" else [torch.device(device)]
+            )
+            if together
+            else network
+        )
 
-    return draw
+    def step(self) -> TrainingStep:
+        """Do the next step, and return what it gave.
+
+        Raises
+        ------
+        ValueError
+            On a crop of a wrong shape, dtype or range.
+        TrainingError
+            If a value is not finite, or if one class has taken everything.
+        """
+        chosen, step = self.settings, len(self.history)
+        rate = chosen.learning_rate * _schedule(
+            step, chosen.steps, chosen.warm_up_steps, chosen.final_learning_rate
+        )
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        image = draw_batch(
+            self._draw,
+            seed=chosen.seed,
+            step=step,
+            places=range(self._rank, chosen.batch, self._processes),
+            variation=chosen.variation,
+        ).to(self._device)
+        self.network.train()
+        with (
+            _dropout_of(chosen.seed, step, self._rank, self._device),
+            _arithmetic(self._device, self._precision),
+        ):
+            probabilities, reconstruction = self._forward(image)
+        probabilities, reconstruction = probabilities.float(), reconstruction.float()
+        ncuts = self._cut(probabilities, image)
+        error = _reconstruction_error(reconstruction, image, chosen.reconstruction)
+        loss = chosen.ncuts_weight * ncuts + chosen.reconstruction_weight * error
+        record = self._record(step, rate, loss, ncuts, error, figures(probabilities.detach(), image))
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimiser.step()
+        self.history.append(record)
+        if everything_is_one_class(self.history):
+            raise TrainingError(
+                f"step {step}: all other classes are empty since {WINDOW} steps (mean probability of the "
+                f"one {record.largest_class:.6f}): nothing is told apart. Use another seed, a smaller "
+                "learning rate, a larger reconstruction weight, or crops with more contrast"
+            )
+        return record
+
+    def _record(
+        self, step: int, rate: float, loss: Tensor, ncuts: Tensor, error: Tensor, seen: Tensor
+    ) -> TrainingStep:
+        """Put the step's figures together, the same in all processes, so that all stop if one does."""
+        values = torch.cat([torch.stack([loss.detach(), ncuts.detach(), error.detach()]), seen])
+        if self._processes > 1:
+            distributed.all_reduce(values)
+            values /= self._processes
+        total, cut, rebuilt, likeness, undecided, *shares = values.tolist()
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"step {step}: the loss is not finite (cut {cut}, error {rebuilt}); "
+                "use a smaller learning rate, or float32"
+            )
+        return TrainingStep(step, total, cut, rebuilt, rate, min(shares), max(shares), likeness, undecided)
+
+    def signs(self) -> dict[str, str]:
+        """Return the signs that training goes wrong now: kind to message, with what to change."""
+        return signs(
+            self.history,
+            ncuts_weight=self.settings.ncuts_weight,
+            reconstruction_weight=self.settings.reconstruction_weight,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that the next steps depend on, as plain tensors on the CPU: copies."""
+        state = {f"network.{key}": value for key, value in self.network.state_dict().items()}
+        for name, parameter in self.network.named_parameters():
+            for key, value in self._optimiser.state[parameter].items():
+                state[f"adam.{key}.{name}"] = value
+        state["history"] = torch.tensor([astuple(r) for r in self.history], dtype=torch.float64).reshape(
+            len(self.history), len(fields(TrainingStep))
+        )
+        return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave.
+
+        Raises
+        ------
+        ValueError
+            If it is the state of another network, or of more steps than there shall be.
+        """
+        try:
+            rows = state["history"].tolist()
+            history = [TrainingStep(int(row[0]), *row[1:]) for row in rows]
+            if [r.step for r in history] != list(range(len(history))) or len(history) > self.settings.steps:
+                raise ValueError(
+                    f"the state is that of {len(history)} steps, the training is to have "
+                    f"{self.settings.steps}"
+                )
+            prefix = "network."
+            self.network.load_state_dict(
+                {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            )
+            for name, parameter in self.network.named_parameters() if history else ():
+                moments = {key: state[f"adam.{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")}
+                self._optimiser.state[parameter] = {
+                    "step": state[f"adam.step.{name}"].clone(),
+                    **{key: value.to(parameter.device, copy=True) for key, value in moments.items()},
+                }
+            self.history = history
+        except (KeyError, RuntimeError, TypeError) as err:
+            raise ValueError(f"this is not the state of a training of this network: {err}") from err
 
 
 def train(
     network: WNet3D,
     draw: DrawCrop,
     *,
-    steps: int,
-    batch: int,
-    learning_rate: float,
-    seed: int,
-    weight_decay: float = 0.01,
-    ncuts_weight: float = 0.5,
-    reconstruction_weight: float = 0.005,
-    intensity_sigma: float = 1.0,
-    spatial_sigma_voxels: float = 4.0,
-    radius_voxels: int = 2,
-    warm_up_steps: int = 20,
-    final_learning_rate: float = 0.05,
-    variation: IntensityVariation | None = None,
     device: str = "cpu",
     precision: str = "float32",
     progress: Callable[[TrainingStep], None] | None = None,
+    warn: Callable[[str], None] | None = None,
+    **settings: Any,
 ) -> list[TrainingStep]:
     """Train `network` in place, without labels.
 
@@ -134,28 +311,14 @@ def train(
     ----------
     network
         Trained in place, and left in evaluation mode.
-    draw
-        Gives one crop for a random generator: float32 (z, y, x), extents in multiples of 8, values in
-        [0, 100]. All crops of a batch must have one shape.
-    steps, batch
-        Number of optimiser steps, and crops in each.
-    learning_rate
-        Of Adam, after `warm_up_steps` steps of linear rise; falls as half a cosine to
-        `final_learning_rate` times itself.
-    seed
-        Determines crops, flips, turns, variation and dropout.
-    weight_decay
-        Of Adam.
-    ncuts_weight, reconstruction_weight
-        Of the two parts of the loss, which share one backward pass.
-    intensity_sigma, spatial_sigma_voxels, radius_voxels
-        Of the soft normalised cut.
-    variation
-        Random change of intensities; None for none.
-    precision
-        ``float32`` or ``bfloat16`` (convolutions in bfloat16, the loss and the weights in float32).
+    draw, device, precision
+        See `Trainer`.
     progress
         Called after every step.
+    warn
+        Called once for each kind of sign that training goes wrong.
+    **settings
+        Of `TrainingSettings`: ``steps``, ``batch``, ``learning_rate``, ``seed``, and any of the others.
 
     Returns
     -------
@@ -167,65 +330,27 @@ def train(
     ValueError
         On an argument that cannot be used, or a crop of a wrong shape, dtype or range.
     TrainingError
-        If a value is not finite, or if one class has stayed empty.
+        If a value is not finite, or if one class has taken everything.
 
     Notes
     -----
     The original steps the encoder and the whole network in the same manner: a weighted sum of the
     soft normalised cut and the reconstruction error (CellSeg3D; Adam, weight decay 0.01).
     """
-    if steps < 1 or batch < 1 or not learning_rate > 0:
-        raise ValueError(
-            f"steps, batch and learning rate must be positive, got {steps}, {batch}, {learning_rate}"
-        )
-    if precision not in ("float32", "bfloat16"):
-        raise ValueError(f"precision must be float32 or bfloat16, got {precision!r}")
-    rng = np.random.default_rng(seed)
-    torch.manual_seed(seed)
-    cut = ClassMeanSoftNCuts(
-        intensity_sigma=intensity_sigma,
-        spatial_sigma_voxels=spatial_sigma_voxels,
-        radius_voxels=radius_voxels,
-    ).to(device)
-    network.to(device).train()
-    optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    history: list[TrainingStep] = []
-    recent: deque[float] = deque(maxlen=_COLLAPSE_WINDOW)
+    trainer = Trainer(network, draw, TrainingSettings(**settings), device=device, precision=precision)
+    warned: set[str] = set()
     try:
-        for step in range(steps):
-            rate = learning_rate * _schedule(step, steps, warm_up_steps, final_learning_rate)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            image = _draw_batch(draw, rng, batch=batch, variation=variation).to(device)
-            with _arithmetic(device, precision):
-                probabilities, reconstruction = network(image)
-            probabilities, reconstruction = probabilities.float(), reconstruction.float()
-            ncuts = cut(probabilities, image)
-            error = functional.mse_loss(reconstruction, image)
-            loss = ncuts_weight * ncuts + reconstruction_weight * error
-            if not bool(torch.isfinite(loss)):
-                raise TrainingError(
-                    f"step {step}: the loss is not finite (cut {ncuts.item()}, error {error.item()}); "
-                    "use a smaller learning rate, or float32"
-                )
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            smallest = float(probabilities.detach().mean((0, 2, 3, 4)).min())
-            recent.append(smallest)
-            record = TrainingStep(step, loss.item(), ncuts.item(), error.item(), rate, smallest)
-            history.append(record)
-            if len(recent) == _COLLAPSE_WINDOW and max(recent) < _COLLAPSE_FRACTION:
-                raise TrainingError(
-                    f"step {step}: one class is empty since {_COLLAPSE_WINDOW} steps (mean probability "
-                    f"{max(recent):.1e}): nothing is told apart. Use another seed, a smaller learning "
-                    "rate, or crops with more contrast"
-                )
+        while len(trainer.history) < trainer.settings.steps:
+            record = trainer.step()
             if progress is not None:
                 progress(record)
+            for kind, message in trainer.signs().items() if warn is not None else ():
+                if warn is not None and kind not in warned:
+                    warned.add(kind)
+                    warn(message)
     finally:
         network.eval()
-    return history
+    return trainer.history
 
 
 def _schedule(step: int, steps: int, warm_up: int, final: float) -> float:
@@ -236,45 +361,23 @@ def _schedule(step: int, steps: int, warm_up: int, final: float) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def _reconstruction_error(reconstruction: Tensor, image: Tensor, kind: str) -> Tensor:
+    if kind == "mse":
+        return functional.mse_loss(reconstruction, image)
+    return functional.binary_cross_entropy_with_logits(reconstruction, (image / INPUT_TOP).clamp(0, 1))
+
+
 def _arithmetic(device: str, precision: str) -> AbstractContextManager[object]:
     if precision == "float32":
         return nullcontext()
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
-def _draw_batch(
-    draw: DrawCrop, rng: np.random.Generator, *, batch: int, variation: IntensityVariation | None
-) -> Tensor:
-    crops = []
-    for _ in range(batch):
-        crop = draw(rng)
-        _check(crop)
-        crop = _turn(crop, rng)
-        if variation is not None:
-            crop = variation.apply(crop, rng)
-        crops.append(np.ascontiguousarray(crop))
-    if len({c.shape for c in crops}) != 1:
-        raise ValueError(f"crops of one batch differ in shape: {sorted({c.shape for c in crops})}")
-    return torch.from_numpy(np.stack(crops)[:, None])
-
-
-def _check(crop: NDArray[np.float32]) -> None:
-    if crop.dtype != np.float32 or crop.ndim != 3 or any(n % 8 for n in crop.shape):
-        raise ValueError(f"expected float32 (z, y, x) in multiples of 8, got {crop.dtype} {crop.shape}")
-    low, high = float(crop.min()), float(crop.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise TrainingError("a crop holds values that are not finite (NaN or infinity)")
-    if low < -0.01 * INPUT_TOP or high > 1.01 * INPUT_TOP:
-        raise ValueError(f"intensities must be mapped to [0, {INPUT_TOP:g}] first, got {low:g} to {high:g}")
-
-
-def _turn(crop: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
-    """Flip any axes, and turn by 90 degrees in each plane whose two extents are the same."""
-    for axis in range(3):
-        if rng.random() < 0.5:
-            crop = np.flip(crop, axis)
-    for plane in ((0, 1), (0, 2), (1, 2)):
-        quarter_turns = int(rng.integers(4))
-        if crop.shape[plane[0]] == crop.shape[plane[1]]:
-            crop = np.rot90(crop, quarter_turns, plane)
-    return crop
+@contextmanager
+def _dropout_of(seed: int, step: int, rank: int, device: str) -> Iterator[None]:
+    """Let seed, step and process determine torch's random numbers; the caller's come back after."""
+    (drawn,) = np.random.SeedSequence((seed, step, rank, 1)).generate_state(1, np.uint64)
+    where = torch.device(device)
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+        torch.manual_seed(int(drawn >> np.uint64(1)))
+        yield
