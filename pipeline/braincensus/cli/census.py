@@ -1,0 +1,156 @@
+"""`run`, `plan`, `info` and `config`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from braincensus.cli.common import explaining, stdout
+from braincensus.cli.options import (
+    BlockSize,
+    Channel,
+    ClosingRadius,
+    Cluster,
+    ConfigFile,
+    Device,
+    Foreground,
+    ForegroundThreshold,
+    Input,
+    Level,
+    MaxIntensity,
+    MaxObjectVolume,
+    MaxRadius,
+    MaxVolume,
+    MergeBorder,
+    Method,
+    MinIntensity,
+    MinSphericity,
+    MinVolume,
+    OutlineSigma,
+    Output,
+    Overwrite,
+    Seeds,
+    SeedThreshold,
+    SpotSigma,
+    Threshold,
+    Timepoint,
+    VoxelSize,
+    Weights,
+    Workers,
+    read_settings,
+)
+
+
+def run(
+    context: typer.Context,
+    input: Input,
+    output: Output,
+    config: ConfigFile = None,
+    channel: Channel = None,
+    timepoint: Timepoint = None,
+    level: Level = None,
+    voxel_size: VoxelSize = None,
+    block_size: BlockSize = None,
+    foreground: Foreground = None,
+    weights: Weights = None,
+    method: Method = None,
+    spot_sigma: SpotSigma = None,
+    outline_sigma: OutlineSigma = None,
+    foreground_threshold: ForegroundThreshold = None,
+    threshold: Threshold = None,
+    seeds: Seeds = None,
+    seed_threshold: SeedThreshold = None,
+    max_radius: MaxRadius = None,
+    closing_radius: ClosingRadius = None,
+    merge_border: MergeBorder = None,
+    min_volume: MinVolume = None,
+    max_volume: MaxVolume = None,
+    max_object_volume: MaxObjectVolume = None,
+    min_sphericity: MinSphericity = None,
+    min_intensity: MinIntensity = None,
+    max_intensity: MaxIntensity = None,
+    device: Device = None,
+    cluster: Cluster = None,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+) -> None:
+    """Count the cells of a volume: labels, cell table and density map in one OME-Zarr."""
+    with explaining():
+        import braincensus
+        from braincensus.report.console import ConsoleProgress, result_table
+
+        settings = read_settings(context.params)
+        if dry_run:
+            _show_plan(input, settings)
+            return
+        with ConsoleProgress(stdout) as progress:
+            result = braincensus.run(input, output, config=settings, overwrite=overwrite, progress=progress)
+        stdout.print(result_table(result))
+
+
+def plan(
+    context: typer.Context,
+    input: Input,
+    config: ConfigFile = None,
+    channel: Channel = None,
+    timepoint: Timepoint = None,
+    level: Level = None,
+    voxel_size: VoxelSize = None,
+    block_size: BlockSize = None,
+    foreground: Foreground = None,
+    weights: Weights = None,
+    method: Method = None,
+    spot_sigma: SpotSigma = None,
+    outline_sigma: OutlineSigma = None,
+    seeds: Seeds = None,
+    max_radius: MaxRadius = None,
+    closing_radius: ClosingRadius = None,
+    device: Device = None,
+    cluster: Cluster = None,
+    workers: Workers = None,
+) -> None:
+    """Print what a run would do: blocks, halo, memory, disk, time. Nothing is computed or written."""
+    with explaining():
+        _show_plan(input, read_settings(context.params))
+
+
+def info(
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="what `run` wrote", show_default=False)],
+    picture: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="draw the cells over the volume, and the density map")
+    ] = None,
+) -> None:
+    """Say what a finished output holds: cells, density, seams, timings; draw it if asked."""
+    with explaining():
+        from braincensus import open_result
+        from braincensus.report.console import result_table
+
+        result = open_result(output)
+        if picture is not None:
+            from braincensus.report.picture import draw_result
+
+            draw_result(picture, result)
+        stdout.print(result_table(result))
+        about = result.provenance
+        stdout.print(f"input     {about['input']['source']}", highlight=False)
+        stdout.print(f"versions  {about['versions']}", highlight=False)
+
+
+def config() -> None:
+    """Print the default configuration as commented YAML."""
+    from braincensus.config import commented_yaml
+
+    sys.stdout.write(commented_yaml())
+
+
+def _show_plan(input: str, settings: Any) -> None:
+    import braincensus
+    from braincensus.report.console import plan_table
+
+    planned = braincensus.plan(input, config=settings)
+    stdout.print(plan_table(planned))
+    planned.check()

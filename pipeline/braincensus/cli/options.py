@@ -1,0 +1,146 @@
+"""The options of `run` and `plan`, and the configuration that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from braincensus.cli.common import TRIPLE, read_range, read_threshold, read_triple, read_whole
+
+Input = Annotated[
+    str, typer.Argument(metavar="INPUT", help="OME-Zarr, TIFF, folder of planes, or .npy", show_default=False)
+]
+Output = Annotated[Path, typer.Argument(metavar="OUTPUT", help="the OME-Zarr to write", show_default=False)]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="YAML; `braincensus config` prints one")
+]
+Channel = Annotated[int | None, typer.Option(help="channel, from 0", show_default="0")]
+Timepoint = Annotated[int | None, typer.Option(help="time point, from 0", show_default="0")]
+Level = Annotated[int | None, typer.Option(help="pyramid level, 0 is full resolution", show_default="0")]
+VoxelSize = Annotated[
+    str | None, typer.Option("--voxel-size", metavar=TRIPLE, help="um; needed where the metadata has none")
+]
+BlockSize = Annotated[
+    str | None, typer.Option("--block-size", metavar=TRIPLE, help="voxels; default: what fits in memory")
+]
+Foreground = Annotated[
+    str | None, typer.Option(metavar="wnet3d|intensity", help="foreground model", show_default="wnet3d")
+]
+Weights = Annotated[
+    str | None, typer.Option(help="weights of WNet3D: compact, or a path", show_default="compact")
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        metavar="voronoi-otsu|components|watershed",
+        help="how cells are told apart",
+        show_default="voronoi-otsu",
+    ),
+]
+SpotSigma = Annotated[
+    str | None, typer.Option(metavar="S|Z,Y,X", help="blur before seeds; larger: fewer cells")
+]
+OutlineSigma = Annotated[str | None, typer.Option(metavar="S|Z,Y,X", help="blur before the outline")]
+ForegroundThreshold = Annotated[
+    float | None, typer.Option(metavar="P", help="probability below this counts as 0 (the paper: 0.6, 0.65)")
+]
+Threshold = Annotated[
+    str | None, typer.Option(metavar="otsu|FLOAT", help="outline threshold", show_default="otsu")
+]
+Seeds = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RULE",
+        help="voronoi-otsu: plateau or strict; watershed: threshold or distance",
+        show_default="plateau; threshold",
+    ),
+]
+SeedThreshold = Annotated[
+    float | None, typer.Option(metavar="P", help="watershed: seeds are above it", show_default="0.9")
+]
+MaxRadius = Annotated[
+    float | None,
+    typer.Option(metavar="UM", help="how far cells reach from their seed; sets the halo", show_default="50"),
+]
+ClosingRadius = Annotated[
+    float | None, typer.Option(metavar="UM", help="close small holes of the foreground first, by a ball")
+]
+MergeBorder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LOW,HIGH",
+        help="merge touching cells whose border's mean probability is in this range (the paper: 0.35,1)",
+    ),
+]
+MinVolume = Annotated[float | None, typer.Option(metavar="UM3", help="remove smaller cells")]
+MaxVolume = Annotated[float | None, typer.Option(metavar="UM3", help="remove larger cells")]
+MaxObjectVolume = Annotated[
+    float | None,
+    typer.Option(metavar="UM3", help="remove artefacts: objects of touching cells that are larger"),
+]
+MinSphericity = Annotated[
+    float | None, typer.Option(metavar="S", help="remove less round cells; a ball has 1")
+]
+MinIntensity = Annotated[
+    float | None, typer.Option(metavar="I", help="remove cells with a lower mean intensity")
+]
+MaxIntensity = Annotated[
+    float | None, typer.Option(metavar="I", help="remove cells with a higher mean intensity")
+]
+Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", show_default="auto")]
+Cluster = Annotated[
+    str | None, typer.Option(metavar="local|ADDRESS", help="Dask scheduler to use", show_default="local")
+]
+Workers = Annotated[int | None, typer.Option(help="worker processes of a local cluster")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier output of braincensus")]
+
+
+def read_settings(options: dict[str, Any]) -> Any:
+    """Merge the options that were given into the configuration file, or into the defaults."""
+    from braincensus.config import RunConfig
+    from braincensus.errors import ConfigError
+
+    if options.get("weights") is not None and options.get("foreground") == "intensity":
+        raise ConfigError("--weights has no meaning with --foreground intensity: it uses no network")
+    base = RunConfig() if options["config"] is None else RunConfig.from_yaml(options["config"])
+    changes: dict[str, dict[str, Any]] = {}
+    for name, (section, field, read) in FIELDS.items():
+        given = options.get(name)
+        if given is not None:
+            option = "--" + name.replace("_", "-")
+            changes.setdefault(section, {})[field] = read(given, option) if read else given
+    return base.merged(changes, source="the options")
+
+
+FIELDS: dict[str, tuple[str, str, Callable[[str, str], Any] | None]] = {
+    "channel": ("input", "channel", None),
+    "timepoint": ("input", "timepoint", None),
+    "level": ("input", "level", None),
+    "voxel_size": ("input", "voxel_size_um", read_triple),
+    "foreground": ("foreground", "model", None),
+    "weights": ("foreground", "weights", None),
+    "method": ("labelling", "method", None),
+    "spot_sigma": ("labelling", "spot_sigma", read_triple),
+    "outline_sigma": ("labelling", "outline_sigma", read_triple),
+    "foreground_threshold": ("labelling", "foreground_threshold", None),
+    "threshold": ("labelling", "threshold", read_threshold),
+    "seeds": ("labelling", "seeds", None),
+    "seed_threshold": ("labelling", "seed_threshold", None),
+    "max_radius": ("labelling", "max_radius_um", None),
+    "closing_radius": ("labelling", "closing_radius_um", None),
+    "merge_border": ("labelling", "merge_border", read_range),
+    "min_volume": ("filters", "min_volume_um3", None),
+    "max_volume": ("filters", "max_volume_um3", None),
+    "max_object_volume": ("filters", "max_object_volume_um3", None),
+    "min_sphericity": ("filters", "min_sphericity", None),
+    "min_intensity": ("filters", "min_mean_intensity", None),
+    "max_intensity": ("filters", "max_mean_intensity", None),
+    "block_size": ("compute", "block_voxels", read_whole),
+    "device": ("compute", "device", None),
+    "cluster": ("compute", "cluster", None),
+    "workers": ("compute", "workers", None),
+}
+"""Where each option of `run` and `plan` is in the configuration, and how its text is read."""
