@@ -79,7 +79,8 @@ class WNet3DForeground(_Section):
 
     model: Literal["wnet3d"] = Field("wnet3d", description=_MODELS)
     weights: str = Field(
-        "compact", description="compact (shipped), or the path of a .safetensors or .pth file"
+        "compact",
+        description="a name (`braincensus weights list`; compact is shipped), or a .safetensors or .pth file",
     )
     norm: Literal["calibrated", "window"] = Field(
         "calibrated",
@@ -98,6 +99,11 @@ class WNet3DForeground(_Section):
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="arithmetic of the network; auto: bfloat16 where the processor has it"
+    )
+    calibration: Literal["volume", "stored"] = Field(
+        "volume",
+        description="volume: the norms' statistics are measured on this volume; stored: those in the file of "
+        "weights (`braincensus weights calibrate`), the same for every volume of a study",
     )
     calibration_windows: Positive = Field(8, description="windows of tissue that set the norm statistics")
     calibration_seed: int = Field(0, ge=0, description="seed of the choice of those windows")

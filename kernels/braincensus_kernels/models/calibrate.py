@@ -21,6 +21,11 @@ from torch import Tensor, nn
 from braincensus_kernels.models.checkpoints import Weights
 from braincensus_kernels.models.wnet3d import UNet
 
+CALIBRATION = "calibration"
+"""Key of a weights file's metadata under which `NormStatistics.to_json` may stand."""
+CALIBRATION_OF = "calibration_of"
+"""And under which it says what it was measured on."""
+
 
 @dataclass(frozen=True)
 class NormStatistics:
@@ -87,6 +92,37 @@ class NormStatistics:
         return cls.from_arrays(
             {key: np.array(value, dtype=np.float64) for key, value in json.loads(text).items()}
         )
+
+
+def stored_calibration(weights: Weights) -> NormStatistics | None:
+    """Return the statistics that a file of weights brings along, or None if it brings none.
+
+    Raises
+    ------
+    ValueError
+        If they are damaged, or those of another network.
+    """
+    text = weights.metadata.get(CALIBRATION)
+    if text is None:
+        return None
+    try:
+        statistics = NormStatistics.from_json(text)
+    except (ValueError, TypeError, AttributeError) as err:
+        raise ValueError(f"{weights.source}: the calibration in the file is damaged ({err})") from err
+    norms = {
+        name: module.num_groups
+        for name, module in weights.build_encoder().named_modules()
+        if isinstance(module, nn.GroupNorm)
+    }
+    parts = (*statistics.mean.items(), *statistics.variance.items())
+    if (
+        statistics.mean.keys() != norms.keys()
+        or any(values.shape != (norms[name],) or not np.isfinite(values).all() for name, values in parts)
+        or any((values < 0).any() for values in statistics.variance.values())
+        or statistics.class_intensity.shape != (weights.num_classes,)
+    ):
+        raise ValueError(f"{weights.source}: the calibration in the file is not that of its network")
+    return statistics
 
 
 def calibrate(

@@ -1,0 +1,91 @@
+"""Statistics of the network's norms, set once for the whole volume. Part of stage 2, before any region.
+
+    candidate windows of stage 1 -> a seeded choice -> one joint forward pass -> statistics for all workers
+
+Or those that the weights bring along: the same for every volume of a study, whatever is in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from braincensus.blocks import BlockGrid
+from braincensus.config import WNet3DForeground
+from braincensus.planning import LATTICE
+from braincensus.stages.intensity import IntensityRange, Window
+from braincensus.stages.network import NORM_STATISTICS, Network
+from braincensus.tasks import Context
+from braincensus.worker import device_slot
+from braincensus_kernels.boxes import Box
+from braincensus_kernels.models.calibrate import NormStatistics, calibrate, stored_calibration
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the norms were set to, on which windows (none: stored), and how far the network then looks."""
+
+    statistics: NormStatistics
+    windows: tuple[Box, ...]
+    reach_voxels: int | None
+    """None: norms are taken per window, of which a voxel sees all."""
+
+    def summary(self) -> dict[str, Any]:
+        """Give what belongs in the provenance."""
+        return {
+            "calibration": "volume" if self.windows else "stored",
+            "calibration_windows": [list(window.start) for window in self.windows],
+            "reach_voxels": self.reach_voxels,
+            "foreground_class": int(self.statistics.foreground_class),
+        }
+
+
+def set_norms(context: Context, network: Network, intensity: IntensityRange) -> Calibration:
+    """Calibrate on one worker, or take what the weights bring; leave the statistics for all of them."""
+    stored = network.settings.calibration == "stored"
+    windows = () if stored else tuple(_choose(intensity, network.settings))
+    one = BlockGrid((1, 1, 1), (1, 1, 1))
+    ((_, calibration),) = context.map("segment", _calibrate, (network, windows), one, name="calibrate-norms")
+    context.output.write_work(NORM_STATISTICS, calibration.statistics.to_arrays())
+    return calibration
+
+
+def _choose(intensity: IntensityRange, foreground: WNet3DForeground) -> list[Box]:
+    """Choose calibration windows: seeded, among the quarter with most standing out of bright tissue.
+
+    Norms calibrated on windows from anywhere would see mostly empty tissue and find cells in it.
+    """
+    usable = [w for w in intensity.windows if w.tissue >= max(intensity.tissue_threshold, 0.0)]
+    if not usable:  # tissue in patches smaller than a window: the windows with most of it
+        usable = sorted(intensity.windows, key=lambda w: (-w.tissue, w.box))[: foreground.calibration_windows]
+    ranked: list[Window] = sorted(usable, key=lambda w: (-w.excess, w.box))
+    best = ranked[: max(foreground.calibration_windows, len(ranked) // 4)]
+    if len(best) <= foreground.calibration_windows:
+        return sorted(w.box for w in best)
+    rng = np.random.default_rng(foreground.calibration_seed)
+    picked = rng.choice(len(best), size=foreground.calibration_windows, replace=False)
+    return sorted(best[i].box for i in picked)
+
+
+def _calibrate(task: tuple[Network, tuple[Box, ...]], _: int) -> Calibration:
+    network, windows = task
+    weights = network.weights()
+    if windows:
+        z, y, x = (-(-n // LATTICE) * LATTICE for n in windows[0].shape)
+        batch = [
+            network.volume.network_input(Box(w.start, (w.start[0] + z, w.start[1] + y, w.start[2] + x)))
+            for w in windows
+        ]
+        with device_slot:
+            statistics = calibrate(
+                weights, np.stack(batch)[:, None], device=network.device, threads=network.threads
+            )
+    else:
+        stored = stored_calibration(weights)
+        assert stored is not None, "the client has looked"
+        statistics = stored
+    calibrated = network.settings.norm == "calibrated"
+    reach = network.predictor(statistics).reach_voxels if calibrated else None
+    return Calibration(statistics, windows, reach)
