@@ -147,7 +147,7 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], metadata: Mappin
     if path.suffix != ".safetensors":
         raise ValueError(f"weights are written as .safetensors, got {path.name!r}")
     arrays = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    _check_finite(arrays, str(path))
+    check_finite(arrays, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(suffix=".partial", prefix=path.name, dir=path.parent)
     os.close(handle)
@@ -158,17 +158,11 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], metadata: Mappin
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return _digest(path)
+    return file_sha256(path)
 
 
 def _load(path: Path, source: str) -> Checkpoint:
-    suffix = path.suffix.lower()
-    if suffix == ".safetensors":
-        state, metadata = _read_safetensors(path)
-    elif suffix in (".pth", ".pt"):
-        state, metadata = _read_pickle(path), {}
-    else:
-        raise ValueError(f"{path}: expected .safetensors, .pth or .pt, got {suffix or 'no extension'!r}")
+    state, metadata = read_state(path)
     encoder, decoder = _parts(state)
     channels, num_classes, in_channels = _infer_size(encoder, path)
     _check_strict("encoder", encoder, channels, (in_channels, num_classes), path)
@@ -176,21 +170,41 @@ def _load(path: Path, source: str) -> Checkpoint:
         last = decoder.get("out_b.module.8.weight")
         rebuilt = in_channels if last is None or last.ndim == 0 else int(last.shape[0])
         _check_strict("decoder", decoder, channels, (num_classes, max(rebuilt, 1)), path)
-    _check_finite(state, str(path))
+    check_finite(state, str(path))
     weights = Weights(
-        encoder=_float32(encoder),
+        encoder=as_float32(encoder),
         channels=channels,
         num_classes=num_classes,
         in_channels=in_channels,
         metadata=metadata,
-        sha256=_digest(path),
+        sha256=file_sha256(path),
         source=source,
     )
-    return Checkpoint(weights, None if decoder is None else _float32(decoder))
+    return Checkpoint(weights, None if decoder is None else as_float32(decoder))
 
 
-def _float32(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.detach().float().contiguous() for key, value in part.items()}
+def as_float32(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return plain float32 copies; integers stay what they are."""
+    return {
+        key: (value.detach().float() if value.is_floating_point() else value.detach()).contiguous()
+        for key, value in part.items()
+    }
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a file's state dict and metadata, of whatever network, without running code from it.
+
+    Raises
+    ------
+    ValueError
+        If the file is of another kind, is damaged, or would run code.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        return _read_safetensors(path)
+    if suffix in (".pth", ".pt"):
+        return _read_pickle(path), {}
+    raise ValueError(f"{path}: expected .safetensors, .pth or .pt, got {suffix or 'no extension'!r}")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -256,34 +270,57 @@ def _check_strict(
     """Compare names, shapes and kinds of number with a `UNet` of these channels in and out (`ends`)."""
     with torch.device("meta"):
         expected = UNet(*ends, channels=channels, dropout=0.0, softmax=False).state_dict()
-    missing = sorted(set(expected) - set(part))
-    unexpected = sorted(set(part) - set(expected))
-    both = sorted(set(expected) & set(part))
+    check_state(part, expected, f"a WNet3D {kind} of channels {channels}", path)
+
+
+def check_state(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str, path: str | Path
+) -> None:
+    """Compare names, shapes and kinds of number with those of a network; its tensors may be on meta.
+
+    Raises
+    ------
+    ValueError
+        Listing all that is missing, unexpected, of another shape or of another kind of number.
+    """
+    missing = sorted(set(expected) - set(state))
+    unexpected = sorted(set(state) - set(expected))
+    both = sorted(set(expected) & set(state))
     misshaped = [
-        f"{key}: {tuple(part[key].shape)} for {tuple(expected[key].shape)}"
+        f"{key}: {tuple(state[key].shape)} for {tuple(expected[key].shape)}"
         for key in both
-        if part[key].shape != expected[key].shape
+        if state[key].shape != expected[key].shape
     ]
-    kinds = [f"{key}: {part[key].dtype}" for key in both if not part[key].is_floating_point()]
+    kinds = [
+        f"{key}: {state[key].dtype}"
+        for key in both
+        if state[key].is_floating_point() != expected[key].is_floating_point()
+    ]
     if missing or unexpected or misshaped or kinds:
         listed = [
             ("missing", missing),
             ("unexpected", unexpected),
             ("of another shape", misshaped),
-            ("not of floating point", kinds),
+            ("of another kind of number", kinds),
         ]
         lines = [f"  {title}: {', '.join(keys)}" for title, keys in listed if keys]
-        raise ValueError(
-            "\n".join([f"{path} does not hold exactly a WNet3D {kind} of channels {channels}", *lines])
-        )
+        raise ValueError("\n".join([f"{path} does not hold exactly {what}", *lines]))
 
 
-def _check_finite(arrays: Mapping[str, Tensor], where: str) -> None:
+def check_finite(arrays: Mapping[str, Tensor], where: str) -> None:
+    """Refuse NaN and infinity, by name.
+
+    Raises
+    ------
+    ValueError
+        If a value is not finite.
+    """
     bad = [key for key, value in arrays.items() if not bool(torch.isfinite(value).all())]
     if bad:
         raise ValueError(f"{where}: values that are not finite in {', '.join(sorted(bad))}")
 
 
-def _digest(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Supervised foreground models: MONAI's SegResNet and SwinUNETR, as CellSeg3D has them."""
