@@ -194,7 +194,7 @@ class Trainer:
             If a value is not finite, or if one class has taken everything.
         """
         chosen, step = self.settings, len(self.history)
-        rate = chosen.learning_rate * _schedule(
+        rate = chosen.learning_rate * learning_rate_factor(
             step, chosen.steps, chosen.warm_up_steps, chosen.final_learning_rate
         )
         for group in self._optimiser.param_groups:
@@ -208,8 +208,8 @@ class Trainer:
         ).to(self._device)
         self.network.train()
         with (
-            _dropout_of(chosen.seed, step, self._rank, self._device),
-            _arithmetic(self._device, self._precision),
+            dropout_of(chosen.seed, step, self._rank, self._device),
+            arithmetic(self._device, self._precision),
         ):
             probabilities, reconstruction = self._forward(image)
         probabilities, reconstruction = probabilities.float(), reconstruction.float()
@@ -353,7 +353,7 @@ def train(
     return trainer.history
 
 
-def _schedule(step: int, steps: int, warm_up: int, final: float) -> float:
+def learning_rate_factor(step: int, steps: int, warm_up: int, final: float) -> float:
     """Return the learning rate's factor: linear rise, then half a cosine down to `final`."""
     if step < warm_up:
         return (step + 1) / (warm_up + 1)
@@ -367,14 +367,15 @@ def _reconstruction_error(reconstruction: Tensor, image: Tensor, kind: str) -> T
     return functional.binary_cross_entropy_with_logits(reconstruction, (image / INPUT_TOP).clamp(0, 1))
 
 
-def _arithmetic(device: str, precision: str) -> AbstractContextManager[object]:
+def arithmetic(device: str, precision: str) -> AbstractContextManager[object]:
+    """Compute in ``float32``, or convolutions in ``bfloat16``."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
 @contextmanager
-def _dropout_of(seed: int, step: int, rank: int, device: str) -> Iterator[None]:
+def dropout_of(seed: int, step: int, rank: int, device: str) -> Iterator[None]:
     """Let seed, step and process determine torch's random numbers; the caller's come back after."""
     (drawn,) = np.random.SeedSequence((seed, step, rank, 1)).generate_state(1, np.uint64)
     where = torch.device(device)
