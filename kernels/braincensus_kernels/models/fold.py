@@ -58,14 +58,18 @@ class Convolution:
     bias: Tensor | None
     relu: bool = True
     upper: Tensor | None = None
+    bounds: tuple[Tensor, Tensor] | None = None
+    """What `upper` means to ``clamp``: least and largest value of each channel (made by `to`)."""
 
     def to(self, device: str, dtype: torch.dtype) -> Convolution:
         """Return a copy in the arithmetic of the network."""
         weight = self.weight.to(device, dtype).contiguous(memory_format=torch.channels_last_3d)
         bias = None if self.bias is None else self.bias.to(device, dtype)
-        return replace(
-            self, weight=weight, bias=bias, upper=None if self.upper is None else self.upper.to(device)
-        )
+        if self.upper is None:
+            return replace(self, weight=weight, bias=bias)
+        upper = self.upper.view(1, -1, 1, 1, 1)
+        low, high = torch.where(upper, -torch.inf, 0.0), torch.where(upper, 0.0, torch.inf)
+        return replace(self, weight=weight, bias=bias, bounds=(low.to(device, dtype), high.to(device, dtype)))
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ no result depends on what else is computed, or in which batch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from braincensus_kernels.boxes import Triple
 from braincensus_kernels.models.calibrate import NormStatistics
 from braincensus_kernels.models.checkpoints import Weights
 from braincensus_kernels.models.fold import Convolution, FoldedEncoder, UpStep, fold
+from braincensus_kernels.models.stream import PATCHES_AT_ONCE, Lanes, ReadAhead
 
 LATTICE = 8
 """Patches start, and extend, at multiples of this many voxels: the network halves three times."""
@@ -77,7 +78,7 @@ def resolve_precision(precision: str, device: str) -> str:
 
 
 def projected_bytes(core: Triple, halo: int, channels: Sequence[int], precision: str) -> int:
-    """Project the peak memory of one `Predictor.predict`, weights included, in bytes.
+    """Project the peak memory of a `Predictor` at work, in bytes: weights and patches read ahead included.
 
     A sum over the level that needs most; on the safe side.
     """
@@ -98,7 +99,9 @@ def projected_bytes(core: Triple, halo: int, channels: Sequence[int], precision:
     at_half_up = skip + voxels(2, 4) * 5 * b * item
     # Full precision weights of both forms, and the working copies that a convolution makes of its own.
     parameters = 27 * (a * a + 2 * b * b + 2 * c * c + 2 * d * d) + 27 * 8 * (a * a + b * b + c * c)
-    return int(1.15 * max(at_full, at_half, at_out, at_half_up)) + patch * 4 + parameters * 8
+    return (
+        int(1.15 * max(at_full, at_half, at_out, at_half_up)) + PATCHES_AT_ONCE * patch * 4 + parameters * 8
+    )
 
 
 class Predictor:
@@ -180,6 +183,10 @@ class Predictor:
         else:
             self._folded = None
             self._encoder = encoder.to(device)
+        if self._cuda:
+            self._lanes = Lanes(
+                self._compute, halo_voxels=halo_voxels, device=device, graph=norm == "calibrated"
+            )
 
     @property
     def reach_voxels(self) -> int:
@@ -206,18 +213,80 @@ class Predictor:
             On a patch of a wrong shape or dtype.
         """
         core = self._core_shape(patch)
+        if self._cuda:
+            (result,) = self.predict_all([patch])
+            return result
         with _cpu_threads(self.threads), torch.inference_mode():
             x = torch.from_numpy(np.ascontiguousarray(patch))[None, None]
-            if torch.device(self.device).type == "cuda":
-                x = x.pin_memory().to(self.device, non_blocking=True)
-            probability = (
-                self._window(x)
-                if self._folded is None
-                else _run(self._folded, x, self.halo_voxels, self._dtype)
-            )
-            result: NDArray[np.float32] = probability.cpu().numpy()
+            result = self._compute(x).numpy()
         assert result.shape == core
         return result
+
+    def predict_all(
+        self,
+        patches: Iterable[NDArray[np.float32]],
+        *,
+        slot: AbstractContextManager[Any] | None = None,
+    ) -> Iterator[NDArray[np.float32]]:
+        """Yield the foreground probability of every core, in order: the bits that `predict` gives.
+
+        Parameters
+        ----------
+        patches
+            As `predict` takes them, advanced in a thread of its own, so that the next one is read while one
+            is computed. At most `stream.PATCHES_AT_ONCE` of them are in memory. On CUDA, where they are of
+            one shape, copying in, computing and copying out overlap too.
+        slot
+            Held while the device works, as a lock that others who use it take too; not while a patch is read.
+
+        Raises
+        ------
+        ValueError
+            On a patch of a wrong shape or dtype.
+
+        Notes
+        -----
+        Exceptions of `patches` are raised where the patch would have come. A caller who stops early
+        closes the iterator (or lets go of it): reading then stops after the patch that is being read.
+
+        Examples
+        --------
+        >>> from braincensus_kernels.models.calibrate import calibrate
+        >>> from braincensus_kernels.models.checkpoints import load_weights
+        >>> weights, window = load_weights("compact"), np.full((32, 32, 32), 50, np.float32)
+        >>> window[8:16] = 10
+        >>> predictor = Predictor(weights, statistics=calibrate(weights, window[None, None]), halo_voxels=8)
+        >>> [core.shape for core in predictor.predict_all(window for _ in range(2))]
+        [(16, 16, 16), (16, 16, 16)]
+        """
+        turn = nullcontext() if slot is None else slot
+        with ReadAhead(self._checked(patches)) as ready:
+            if self._cuda:
+                yield from self._lanes.run(ready, turn)
+                return
+            for patch in ready:
+                with turn:
+                    result = self.predict(patch)
+                del patch
+                yield result
+
+    def _checked(self, patches: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+        for patch in patches:
+            self._core_shape(patch)
+            yield patch
+            del patch
+
+    @property
+    def _cuda(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    def _compute(self, x: Tensor) -> Tensor:
+        """Probability of the core (z, y, x), float32, of a patch (1, 1, z, y, x) on the device."""
+        if self._folded is None:
+            return self._window(x)
+        # TF32 is no float32 (10 bits), and kernels that are chosen by timing differ from run to run.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            return _run(self._folded, x, self.halo_voxels, self._dtype)
 
     def _core_shape(self, patch: NDArray[np.float32]) -> Triple:
         h = self.halo_voxels
@@ -289,11 +358,8 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _convolve(x: Tensor, conv: Convolution) -> Tensor:
     y = functional.conv3d(x, conv.weight, conv.bias)
-    if conv.upper is not None:
-        channels = (1, -1, 1, 1, 1)
-        low = torch.where(conv.upper, -torch.inf, 0.0).to(y.dtype).view(channels)
-        high = torch.where(conv.upper, 0.0, torch.inf).to(y.dtype).view(channels)
-        return torch.clamp_(y, low, high)
+    if conv.bounds is not None:
+        return torch.clamp_(y, *conv.bounds)
     return y.relu_() if conv.relu else y
 
 
