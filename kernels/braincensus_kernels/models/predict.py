@@ -216,7 +216,7 @@ class Predictor:
         if self._cuda:
             (result,) = self.predict_all([patch])
             return result
-        with _cpu_threads(self.threads), torch.inference_mode():
+        with cpu_threads(self.threads), torch.inference_mode():
             x = torch.from_numpy(np.ascontiguousarray(patch))[None, None]
             result = self._compute(x).numpy()
         assert result.shape == core
@@ -310,7 +310,8 @@ class Predictor:
 
 
 @contextmanager
-def _cpu_threads(threads: int | None) -> Iterator[None]:
+def cpu_threads(threads: int | None) -> Iterator[None]:
+    """Hold the process's one prediction at a time, with torch on so many threads; None: as it is."""
     if threads is None:
         yield
         return
