@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from braincensus.planning import Plan, make_plan
 from braincensus.progress import Progress, Silent
 from braincensus.result import Result
 from braincensus.stages import intensity, label, measure, pyramid, relabel, segment, stitch, threshold
+from braincensus.stages.norms import Calibration, set_norms
 from braincensus.store import (
     check_free,
     create_output,
@@ -30,6 +32,8 @@ from braincensus.store import (
 )
 from braincensus.tasks import Context
 from braincensus.volume import Volume, open_volume
+from braincensus.weights.files import find_weights
+from braincensus_kernels.models.calibrate import stored_calibration
 from braincensus_kernels.models.checkpoints import Weights, load_weights
 from braincensus_kernels.models.predict import resolve_precision
 
@@ -143,6 +147,47 @@ def plan(input: Any, *, config: RunConfig | None = None, client: Client | None =
     return _plan(volume, config, _weights(config), cluster.resources_for(config.compute, client))
 
 
+def calibrate(
+    input: Any,
+    *,
+    folder: Path,
+    config: RunConfig,
+    client: Client | None = None,
+    progress: Progress | None = None,
+) -> tuple[Calibration, Volume]:
+    """Measure what a run would set the network's norms to; nothing but the result is kept.
+
+    Parameters
+    ----------
+    input, config, client, progress
+        As `run`.
+    folder
+        Where working files may be meanwhile; workers must reach it at the same path.
+
+    Raises
+    ------
+    BraincensusError
+        As `run`.
+    """
+    progress = progress or Silent()
+    weights = _weights(config)
+    assert weights is not None, "a network with norms"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".calibration.", dir=folder) as scratch:
+        volume = _open(input, config, Path(scratch) / "input", progress, copy=True)
+        plan = _plan(volume, config, weights, cluster.resources_for(config.compute, client))
+        plan.check()
+        with _connected(plan, client) as (connected, resources):
+            store = create_output(
+                Path(scratch) / "stages.zarr", overwrite=False, voxel_size_um=volume.voxel_size_um
+            )
+            context = Context(replace(plan, resources=resources), store, connected, progress)
+            ranges = intensity.run(context)
+            with context.stage("calibrate", 1):
+                network = segment.network_of(context, ranges, weights)
+                return set_norms(context, network, ranges, stage="calibrate"), volume
+
+
 def _run_stages(context: Context, weights: Weights | None) -> Result:
     store, plan = context.output, context.plan
     store.update_provenance(_begin(plan))
@@ -245,26 +290,25 @@ class _ConvertStage:
 
 def _weights(config: RunConfig) -> Weights | None:
     """Load the weights on the client first, so that a wrong file is refused before anything runs."""
-    if not isinstance(config.foreground, WNet3DForeground):
+    foreground = config.foreground
+    if not isinstance(foreground, WNet3DForeground):
         return None
+    found = find_weights(foreground.weights)
     try:
-        return load_weights(_absolute(config.foreground.weights))
-    except FileNotFoundError as err:
+        weights = load_weights(found)
+        stored = stored_calibration(weights) if foreground.calibration == "stored" else None
+    except ValueError as err:
+        raise InputError(f"the weights {foreground.weights} cannot be used: {err}") from err
+    if foreground.calibration == "stored" and stored is None:
         raise ConfigError(
             explain(
-                f"no weights at {config.foreground.weights!r}",
-                expected="`compact` (shipped with braincensus), or the path of a .safetensors or .pth file",
-                found=str(err),
-                remedy="check the path, or leave --weights out",
+                f"the weights {foreground.weights} bring no calibration",
+                expected="norm statistics in the file, for foreground.calibration: stored",
+                remedy="`braincensus weights calibrate` measures and stores them; or leave "
+                "foreground.calibration out",
             )
-        ) from err
-    except ValueError as err:
-        raise InputError(f"the weights {config.foreground.weights} cannot be used: {err}") from err
-
-
-def _absolute(weights: str) -> str:
-    """Make a path mean the same file for workers that run in another folder; a name stays a name."""
-    return str(Path(weights).expanduser().resolve()) if Path(weights).suffix else weights
+        )
+    return weights
 
 
 def _plan(volume: Volume, config: RunConfig, weights: Weights | None, resources: cluster.Resources) -> Plan:

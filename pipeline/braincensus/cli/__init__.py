@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from braincensus.cli import census, phantom, train
+from braincensus.cli.weights import weights_app
 
 app = typer.Typer(
     name="braincensus",
@@ -30,6 +31,7 @@ for _command in (
     train.train,
 ):
     app.command()(_command)
+app.add_typer(weights_app, name="weights")
 
 
 @app.callback(invoke_without_command=True)

@@ -11,6 +11,7 @@ import typer
 from braincensus.cli.common import explaining, stdout
 from braincensus.cli.options import (
     BlockSize,
+    Calibration,
     Channel,
     ClosingRadius,
     Cluster,
@@ -56,6 +57,7 @@ def run(
     block_size: BlockSize = None,
     foreground: Foreground = None,
     weights: Weights = None,
+    calibration: Calibration = None,
     method: Method = None,
     spot_sigma: SpotSigma = None,
     outline_sigma: OutlineSigma = None,
@@ -103,6 +105,7 @@ def plan(
     block_size: BlockSize = None,
     foreground: Foreground = None,
     weights: Weights = None,
+    calibration: Calibration = None,
     method: Method = None,
     spot_sigma: SpotSigma = None,
     outline_sigma: OutlineSigma = None,

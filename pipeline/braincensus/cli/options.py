@@ -30,7 +30,18 @@ Foreground = Annotated[
     str | None, typer.Option(metavar="wnet3d|intensity", help="foreground model", show_default="wnet3d")
 ]
 Weights = Annotated[
-    str | None, typer.Option(help="weights of WNet3D: compact, or a path", show_default="compact")
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE", help="weights of the network; `weights list` shows names", show_default="compact"
+    ),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="volume|stored",
+        help="norms of the network: measured on this volume, or those stored with the weights",
+        show_default="volume",
+    ),
 ]
 Method = Annotated[
     str | None,
@@ -122,6 +133,7 @@ FIELDS: dict[str, tuple[str, str, Callable[[str, str], Any] | None]] = {
     "voxel_size": ("input", "voxel_size_um", read_triple),
     "foreground": ("foreground", "model", None),
     "weights": ("foreground", "weights", None),
+    "calibration": ("foreground", "calibration", None),
     "method": ("labelling", "method", None),
     "spot_sigma": ("labelling", "spot_sigma", read_triple),
     "outline_sigma": ("labelling", "outline_sigma", read_triple),

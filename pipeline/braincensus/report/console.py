@@ -33,8 +33,9 @@ _STAGES = {
     "measure": "cell table, density",
     "pyramid": "pyramids",
     "train": "training",
+    "calibrate": "calibrating",
 }
-_COUNTED = {"measure", "train"}
+_COUNTED = {"measure", "train", "calibrate"}
 _SUSPICIOUS = 4.0
 """Standard deviations from which the density beside seams is no chance."""
 

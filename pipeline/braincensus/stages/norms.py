@@ -42,12 +42,14 @@ class Calibration:
         }
 
 
-def set_norms(context: Context, network: Network, intensity: IntensityRange) -> Calibration:
+def set_norms(
+    context: Context, network: Network, intensity: IntensityRange, *, stage: str = "segment"
+) -> Calibration:
     """Calibrate on one worker, or take what the weights bring; leave the statistics for all of them."""
     stored = network.settings.calibration == "stored"
     windows = () if stored else tuple(_choose(intensity, network.settings))
     one = BlockGrid((1, 1, 1), (1, 1, 1))
-    ((_, calibration),) = context.map("segment", _calibrate, (network, windows), one, name="calibrate-norms")
+    ((_, calibration),) = context.map(stage, _calibrate, (network, windows), one, name="calibrate-norms")
     context.output.write_work(NORM_STATISTICS, calibration.statistics.to_arrays())
     return calibration
 
