@@ -112,7 +112,9 @@ class Source:
         return scaled
 
 
-def measure(volume: Volume, crop_voxels: int) -> Source:
+def measure(
+    volume: Volume, crop_voxels: int, *, percentiles: tuple[float, float] = (LOW_PERCENTILE, HIGH_PERCENTILE)
+) -> Source:
     """Read blocks spread over a volume: the range of its tissue, and where it is.
 
     Raises
@@ -152,7 +154,7 @@ def measure(volume: Volume, crop_voxels: int) -> Source:
             )
         )
     tissue = find_tissue(joint)
-    low, high = tissue_range(joint, tissue, low_percentile=LOW_PERCENTILE, high_percentile=HIGH_PERCENTILE)
+    low, high = tissue_range(joint, tissue, low_percentile=percentiles[0], high_percentile=percentiles[1])
     share = np.array([float(tissue.tiles(tiles).mean()) for tiles in statistics])
     starts = tuple(n - crop_voxels + 1 for n in volume.shape)
     source = Source(

@@ -250,7 +250,7 @@ def _train(
     message: Callable[[str], None] | None,
 ) -> TrainingResult:
     _check(number, threads, checkpoint_every, picture_every)
-    with processes(device) as group, _arithmetic(threads):
+    with processes(device) as group, reproducible(threads):
         group.from_first(lambda: places.check(overwrite=overwrite, resume=resume))
         sources = group.from_first(lambda: [measure(volume, recipe.crop_voxels) for volume in open_inputs()])
         recipe = recipe.settled(sum(source.tissue_voxels for source in sources), group.device)
@@ -608,7 +608,7 @@ def _as_table(settings: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _arithmetic(threads: int | None) -> Iterator[None]:
+def reproducible(threads: int | None) -> Iterator[None]:
     """Set what the bits depend on: CPU threads, and CUDA's choice of algorithms; put it back after."""
     before, chosen, tried = (
         torch.get_num_threads(),
