@@ -7,7 +7,8 @@ Crops come in [0, 100] from the caller, who knows where the voxels are and what 
 
 Interruption changes nothing: what a step draws at random depends on the seed and the step's number alone
 (`training_crops.py`), so weights, optimiser and history are all there is to keep, as plain tensors
-(`Trainer.state`). A training that goes on from them gives the same bits as one that was never stopped.
+(`Trainer.state`). A training that goes on from them gives the same bits as one that was never stopped. For
+the same reason the crops of the next step can be drawn, by a thread, while this one computes.
 
 Several processes (torch's process group, set up by the caller) share each batch: every one takes its part
 of the crops, and gradients are averaged by DistributedDataParallel. The loss is a mean over the batch, so
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, dataclass, fields
 from typing import Any, Literal
@@ -130,7 +132,7 @@ class Trainer:
         Trained in place.
     draw
         Gives one crop for a random generator: float32 (z, y, x), extents in multiples of 8, values in
-        [0, 100]. All crops of a batch must have one shape.
+        [0, 100]. All crops of a batch must have one shape. It is called from a thread, one call at a time.
     settings
         Of loss and optimiser.
     device
@@ -167,10 +169,13 @@ class Trainer:
             raise ValueError(
                 f"a batch of {settings.batch} crops cannot be shared by {self._processes} processes"
             )
-        self.network = network.to(device)
+        # As convolutions want them in memory; no value changes.
+        self.network = network.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.settings = settings
         self.history: list[TrainingStep] = []
         self._draw, self._device, self._precision = draw, device, precision
+        self._reader = ThreadPoolExecutor(1, "training-crops")
+        self._ahead: tuple[int, Future[Tensor]] | None = None
         self._cut = settings.cut().to(device)
         self._optimiser = torch.optim.Adam(
             network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -199,13 +204,7 @@ class Trainer:
         )
         for group in self._optimiser.param_groups:
             group["lr"] = rate
-        image = draw_batch(
-            self._draw,
-            seed=chosen.seed,
-            step=step,
-            places=range(self._rank, chosen.batch, self._processes),
-            variation=chosen.variation,
-        ).to(self._device)
+        image = self._batch(step).to(self._device)
         self.network.train()
         with (
             dropout_of(chosen.seed, step, self._rank, self._device),
@@ -228,6 +227,24 @@ class Trainer:
                 "learning rate, a larger reconstruction weight, or crops with more contrast"
             )
         return record
+
+    def _batch(self, step: int) -> Tensor:
+        """Return a step's crops, and have those of the next one drawn meanwhile."""
+
+        def drawn(step: int) -> Tensor:
+            return draw_batch(
+                self._draw,
+                seed=self.settings.seed,
+                step=step,
+                places=range(self._rank, self.settings.batch, self._processes),
+                variation=self.settings.variation,
+            )
+
+        ahead, self._ahead = self._ahead, None
+        image = ahead[1].result() if ahead is not None and ahead[0] == step else drawn(step)
+        if step + 1 < self.settings.steps:
+            self._ahead = (step + 1, self._reader.submit(drawn, step + 1))
+        return image
 
     def _record(
         self, step: int, rate: float, loss: Tensor, ncuts: Tensor, error: Tensor, seen: Tensor

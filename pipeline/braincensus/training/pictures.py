@@ -1,7 +1,8 @@
 """What the network makes of a few examples, at chosen epochs: after the paper's Figure S2. Beside the flow.
 
-A row for each example: the input, the probability of each class (encoder), the reconstruction (decoder).
-The examples stay the same throughout a training, so that its pictures can be laid side by side.
+A row for each example: the input, the probability of each class (encoder), the reconstruction (decoder), in
+the input's shades. The examples stay the same throughout a training, so that its pictures can be laid side by
+side.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from braincensus_kernels.models.training import INPUT_TOP, DrawCrop
 from braincensus_kernels.models.wnet3d import WNet3D
 
 _EXAMPLES = 3
+_LEAST_BRIGHT = 10.0  # what is shown white, at least: noise alone shall not look like cells
 _PIXELS = 192  # of a panel, about
 _GAP, _HEAD, _DPI = 6, 52, 110
 
@@ -64,14 +66,15 @@ def draw_examples(
         with torch.inference_mode():
             for crop in examples:
                 middle = crop.shape[0] // 2
+                bright = max(float(np.percentile(crop[middle], 99.5)), _LEAST_BRIGHT)
                 probabilities, rebuilt = network(torch.from_numpy(crop)[None, None].to(device))
                 if reconstruction == "bce":
                     rebuilt = torch.sigmoid(rebuilt) * INPUT_TOP
                 rows.append(
                     [
-                        _coloured(crop[middle] / INPUT_TOP, "gray"),
+                        _coloured(crop[middle] / bright, "gray"),
                         *(_coloured(plane.cpu().numpy(), "magma") for plane in probabilities[0, :, middle]),
-                        _coloured(rebuilt[0, 0, middle].cpu().numpy() / INPUT_TOP, "gray"),
+                        _coloured(rebuilt[0, 0, middle].cpu().numpy() / bright, "gray"),
                     ]
                 )
     finally:

@@ -44,7 +44,8 @@ class Recipe:
     steps_per_epoch
         None: as many as it takes to draw as many voxels as there are in tissue.
     precision
-        ``auto``, ``float32`` or ``bfloat16``.
+        ``auto``, ``float32`` or ``bfloat16``. ``auto`` is bfloat16 on a GPU that has it and on CPUs with AMX;
+        with AVX-512 alone, where it makes prediction faster, training is slower (benchmarks/RESULTS.md).
     batch, learning_rate, seed, ...
         See `braincensus_kernels.models.training.TrainingSettings`.
     """
@@ -176,7 +177,7 @@ class Recipe:
             steps=self.steps if self.epochs is None else self.epochs * per_epoch,
             epochs=None,
             steps_per_epoch=per_epoch,
-            precision=resolve_precision(self.precision, torch.device(device).type),
+            precision=_precision(self.precision, device),
         )
 
     def settings(self, steps: int) -> TrainingSettings:
@@ -187,3 +188,10 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as JSON holds them."""
         return {**asdict(self), "channels": list(self.channels)}
+
+
+def _precision(precision: str, device: str) -> str:
+    """Settle ``auto`` for training."""
+    if precision == "auto" and torch.device(device).type == "cpu" and not torch.cpu._is_amx_tile_supported():
+        return "float32"
+    return resolve_precision(precision, device)

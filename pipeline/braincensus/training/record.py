@@ -180,6 +180,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Tensor], about: Mapping[str,
                 raise OSError(str(err)) from err
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
+            partial.chmod(0o644)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
