@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from braincensus.cli import census, phantom, train
+from braincensus.cli import census, phantom, train, train_supervised
 from braincensus.cli.weights import weights_app
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ for _command in (
     phantom.demo,
     phantom.phantom,
     train.train,
+    train_supervised.train_supervised,
 ):
     app.command()(_command)
 app.add_typer(weights_app, name="weights")

@@ -137,8 +137,7 @@ class SupervisedRecipe:
                 raise ConfigError(explain(f"{name} cannot be used", expected=expected, found=repr(value)))
         try:
             self.settings(1)
-            with torch.device("meta"):
-                build_network(self.kind, size=self.size, patch_voxels=self.crop_voxels)
+            network_metadata(self.kind, size=self.size)
         except ValueError as err:
             raise ConfigError(f"these training options cannot be used: {err}") from err
 
