@@ -15,11 +15,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from monai.networks.nets.segresnet import SegResNetVAE
-from monai.networks.nets.swin_unetr import SwinUNETR, WindowAttention
 from torch import Tensor, nn
 
 from braincensus_kernels.models.checkpoints import (
@@ -58,28 +56,6 @@ _FIRST: Mapping[Kind, str] = {
 }
 
 
-class _SegResNet(SegResNetVAE):  # type: ignore[misc]
-    """MONAI's, giving the logits alone; the variational branch takes no gradients."""
-
-    def __init__(self, filters: int, image: tuple[int, int, int]) -> None:
-        super().__init__(image, init_filters=filters, out_channels=1, dropout_prob=0.3)
-        for name, parameter in self.named_parameters():
-            if _is_vae(name):
-                parameter.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logit of foreground, of the extent of `x`."""
-        features, skips = self.encode(x)
-        skips.reverse()
-        logits: Tensor = self.decode(features, skips)
-        return logits
-
-    def drop_vae(self) -> None:
-        """Forget the variational branch."""
-        for name in [name for name, _ in self.named_children() if _is_vae(name)]:
-            delattr(self, name)
-
-
 def build_network(kind: Kind, *, size: int | None = None, patch_voxels: int = 64) -> nn.Module:
     """Return a network with random weights, as for training.
 
@@ -116,19 +92,9 @@ def build_network(kind: Kind, *, size: int | None = None, patch_voxels: int = 64
             f"{TITLES[kind]} trains on patches of a multiple of {EXTENT_STEP[kind]} voxels, {least} or more, "
             f"got {patch_voxels}"
         )
-    if kind == "segresnet":
-        return _SegResNet(size, (patch_voxels,) * 3)
-    return cast(
-        nn.Module,
-        SwinUNETR(
-            in_channels=1,
-            out_channels=1,
-            feature_size=size,
-            drop_rate=0.5,
-            attn_drop_rate=0.5,
-            use_v2=True,
-        ),
-    )
+    from braincensus_kernels.models.supervised.architectures import SegResNet, swinunetr
+
+    return SegResNet(size, (patch_voxels,) * 3) if kind == "segresnet" else swinunetr(size)
 
 
 @dataclass(frozen=True)
@@ -155,12 +121,10 @@ class SupervisedWeights:
 
     def build(self) -> nn.Module:
         """Return the network in evaluation mode; its forward gives logits."""
-        network = _blank(self.kind, self.size)
-        if isinstance(network, _SegResNet):
-            network.drop_vae()
-        for module in network.modules():
-            if isinstance(module, WindowAttention):  # half the memory; logits differ by 1e-6
-                module.use_flash_attention = True
+        from braincensus_kernels.models.supervised.architectures import attend_in_parts
+
+        network = _blank(self.kind, self.size, vae=False)
+        attend_in_parts(network)
         network.load_state_dict(dict(self.state), strict=True)
         return network.eval().requires_grad_(False)
 
@@ -316,10 +280,8 @@ def _recognised(state: Mapping[str, Tensor], path: Path) -> Kind:
 
 def _check(state: Mapping[str, Tensor], kind: Kind, size: int, path: str | Path) -> None:
     """Compare a state dict with MONAI's module, name by name; the variational branch may be absent whole."""
-    network = _blank(kind, size, state.get("vae_fc1.weight"))
-    if isinstance(network, _SegResNet) and not any(_is_vae(key) for key in state):
-        network.drop_vae()
-    expected = network.state_dict()
+    vae = any(_is_vae(key) for key in state)
+    expected = _blank(kind, size, vae=vae, inner=state.get("vae_fc1.weight")).state_dict()
     check_state(state, expected, f"MONAI's {TITLES[kind]} of size {size}, one channel in and out", path)
     wrong = [
         k for k, v in expected.items() if not v.is_floating_point() and not torch.equal(v, state[k].cpu())
@@ -328,17 +290,24 @@ def _check(state: Mapping[str, Tensor], kind: Kind, size: int, path: str | Path)
         raise ValueError(f"{path}: constants that are not MONAI's in {', '.join(wrong)}")
 
 
-def _blank(kind: Kind, size: int, inner: Tensor | None = None) -> nn.Module:
+def _blank(kind: Kind, size: int, *, vae: bool, inner: Tensor | None = None) -> nn.Module:
     """Return a network to be filled, without touching the random numbers of whoever trains meanwhile.
 
     `inner` is the first layer inside SegResNet's variational branch, which tells the size of what was trained
     on: the product of the extents alone.
     """
+    from braincensus_kernels.models.supervised.architectures import SegResNet
+
     with torch.random.fork_rng(devices=[]):
-        if kind == "segresnet" and inner is not None and inner.ndim == 2:
+        if kind == "swinunetr":
+            return build_network(kind, size=size)
+        sixteenths = 4 * 4 * 4
+        if inner is not None and inner.ndim == 2:
             sixteenths = max(1, int(inner.shape[1]) // _SMALLEST_VAE_FILTERS)
-            return _SegResNet(size, (16 * sixteenths, 16, 16))
-        return build_network(kind, size=size)
+        network = SegResNet(size, (16 * sixteenths, 16, 16))
+        if not vae:
+            network.drop_vae()
+        return network
 
 
 def _described(metadata: Mapping[str, str], path: str | Path) -> tuple[Kind, int] | None:
