@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distributed import Client, LocalCluster
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from braincensus import RunConfig, open_result, run
 from braincensus.errors import BraincensusError, ConfigError, InputError, OutputError
 from braincensus.training.crops import Source, measure
 from braincensus.training.pairs import (
@@ -19,6 +21,7 @@ from braincensus.training.pairs import (
     draw_labelled_crops,
     middles,
     pair,
+    pair_of_census,
     split_blocks,
 )
 from braincensus.training.supervised import (
@@ -290,6 +293,66 @@ def test_paths_from_the_command_line(known: tuple[np.ndarray, np.ndarray], tmp_p
     )
     assert "image.npy" in result.card.read_text()
     assert "cells.npy" in result.card.read_text()
+
+
+@pytest.fixture(scope="module")
+def census(known: tuple[np.ndarray, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished census of a volume that lies beside it."""
+    folder = tmp_path_factory.mktemp("census")
+    np.save(folder / "image.npy", known[0])
+    config = RunConfig().merged(
+        {"input": {"voxel_size_um": (5.0, 5.26, 5.26)}, "foreground": {"model": "intensity"}}
+    )
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+    ):
+        run(folder / "image.npy", folder / "out.zarr", config=config, client=client)
+    return folder / "out.zarr"
+
+
+def test_a_census_is_labels_for_the_volume_that_it_counted(census: Path, tmp_path: Path) -> None:
+    found = pair_of_census(census)
+    whole = found.volume.box
+    result = open_result(census)
+    assert result.n_cells > 10
+    assert np.array_equal(found.volume.read(whole), np.load(census.parent / "image.npy"))
+    assert np.array_equal(found.cells(whole), result.labels[:] > 0)
+    assert found.labels.read(whole).max() == result.n_cells
+    trained = train_supervised_from_paths(
+        [],
+        tmp_path / "w.safetensors",
+        labels=[],
+        from_census=[census],
+        voxel_size_um=None,
+        channel=0,
+        level=0,
+        **{**OPTIONS, "epochs": 1},
+    )
+    assert (
+        f"a census (intensity, voronoi-otsu) that found {result.n_cells:,} cells" in trained.card.read_text()
+    )
+    assert json.loads(load_supervised(trained.weights).metadata["volumes"])[0]["name"] == "image.npy"
+
+
+def test_a_volume_that_is_not_what_the_census_counted_is_refused(census: Path, tmp_path: Path) -> None:
+    source, moved = census.parent / "image.npy", tmp_path / "elsewhere.npy"
+    array = np.load(source)
+    source.rename(moved)
+    try:
+        with pytest.raises(InputError, match="not where it was"):
+            pair_of_census(census)
+        assert pair_of_census(census, volume=volume(array)).volume.shape == SHAPE
+        with pytest.raises(ConfigError, match="do not fit"):
+            pair_of_census(census, volume=volume(array[1:]))
+        np.save(source, array)
+        with pytest.raises(InputError, match="another mtime"):
+            pair_of_census(census)
+    finally:
+        moved.replace(source)
+    assert pair_of_census(census).volume.shape == SHAPE
+    with pytest.raises(OutputError):
+        pair_of_census(tmp_path)
 
 
 # --- what is refused ---------------------------------------------------------------------------------
