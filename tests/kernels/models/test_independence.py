@@ -182,18 +182,14 @@ def positive_weights(silenced: str | None) -> tuple[Weights, NormStatistics]:
     return weights, NormStatistics(statistics, ones, np.array([0.0, 1.0]), 1)
 
 
-@pytest.mark.parametrize(
-    ("silenced", "table", "exact"),
-    [(None, 46, 46), ("bot", 30, 30), ("deconv2", 14, 12), ("deconv3", 4, 4)],  # 14 is on the safe side
-)
+@pytest.mark.parametrize(("silenced", "exact"), [(None, 46), ("bot", 30), ("deconv2", 12), ("deconv3", 4)])
 @pytest.mark.parametrize("axis", range(3))
 @pytest.mark.parametrize("end", [False, True])
-def test_the_reach_is_what_the_table_says(
-    silenced: str | None, table: int, exact: int, axis: int, end: bool
-) -> None:
+def test_the_reach_is_what_the_table_says(silenced: str | None, exact: int, axis: int, end: bool) -> None:
     """One bright plane in darkness: at the reach it is seen, one voxel farther it is not, on every side."""
     weights, statistics = positive_weights(silenced)
-    assert Predictor(weights, statistics=statistics, halo_voxels=8).reach_voxels == table
+    stated = Predictor(weights, statistics=statistics, halo_voxels=8).reach_voxels
+    assert exact <= stated <= exact + 2  # of two levels 14 is stated: two on the safe side
     network = freeze(weights.build_encoder(), statistics)
     core = slice(EXACT_HALO_VOXELS, EXACT_HALO_VOXELS + LATTICE)
 
