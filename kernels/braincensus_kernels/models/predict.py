@@ -358,10 +358,23 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _convolve(x: Tensor, conv: Convolution) -> Tensor:
-    y = functional.conv3d(x, conv.weight, conv.bias)
+    if conv.fast is not None:
+        return conv.fast(x)
+    y = _plain_convolution(x, conv.weight, conv.bias)
     if conv.bounds is not None:
         return torch.clamp_(y, *conv.bounds)
     return y.relu_() if conv.relu else y
+
+
+def _plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype is torch.float32 and x.device.type == "cpu":
+        # Where torch judges a convolution too small for oneDNN, its own lays the features out anew, twice.
+        if weight.shape[2:] == (1, 1, 1):
+            y = functional.linear(x.permute(0, 2, 3, 4, 1), weight[..., 0, 0, 0], bias)
+            return y.permute(0, 4, 1, 2, 3)
+        if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            return torch.mkldnn_convolution(x, weight, bias, (0, 0, 0), (1, 1, 1), (1, 1, 1), 1)
+    return functional.conv3d(x, weight, bias)
 
 
 def _down(block: tuple[Convolution, ...], x: Tensor) -> Tensor:
