@@ -10,7 +10,7 @@ the network: a worker has several threads and only one of them holds `worker.dev
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,6 +19,7 @@ from uuid import uuid4
 
 from distributed import Client, as_completed
 from distributed.client import FutureCancelledError
+from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from braincensus.blocks import BlockGrid
@@ -26,6 +27,8 @@ from braincensus.errors import BlockError, BraincensusError, explain
 from braincensus.planning import Plan
 from braincensus.progress import Progress
 from braincensus.store import Output
+from braincensus.store.files import noting
+from braincensus.store.marks import Mark, NotDoneError
 
 T = TypeVar("T")
 _IN_FLIGHT_PER_THREAD = 3
@@ -40,6 +43,13 @@ class Context:
     client: Client
     progress: Progress
     timings_s: dict[str, float] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """What the blocks of each stage depend on (see `manifest`); done blocks of a stage without a key are
+    not marked, and are done again."""
+    guard: Callable[[], None] = lambda: None
+    """Called as results arrive; raises if the output is no longer this run's."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """Blocks of each stage that an earlier run had done."""
 
     @contextmanager
     def stage(self, name: str, voxels: int) -> Iterator[None]:
@@ -48,6 +58,8 @@ class Context:
         began = time.perf_counter()
         yield
         self.timings_s[name] = self.timings_s.get(name, 0.0) + time.perf_counter() - began
+        if self.kept.get(name):
+            self.progress.message(f"{name}: {self.kept[name]:,} blocks were done before")
         self.progress.finish(name, self.timings_s[name])
 
     def map(
@@ -58,8 +70,12 @@ class Context:
         grid: BlockGrid,
         *,
         name: str,
+        classes: Sequence[type] = (),
+        after: str = "",
     ) -> Iterator[tuple[int, T]]:
         """Run ``function(spec, number)`` for every block of a grid, yielding results as they arrive.
+
+        A block that an earlier run of the same output has done is not done again: its result is read back.
 
         Parameters
         ----------
@@ -69,6 +85,10 @@ class Context:
             As for :func:`map_blocks`.
         grid
             The blocks; the progress moves by the voxels of their cores.
+        classes
+            The dataclasses of which results are made, so that they can be read back.
+        after
+            The stage on which the blocks depend, if it is not `stage` itself.
 
         Raises
         ------
@@ -76,12 +96,44 @@ class Context:
             As :func:`map_blocks`.
         """
         at_once = _IN_FLIGHT_PER_THREAD * self.plan.resources.threads * self.plan.resources.workers
+        where = after or stage
+        once = _Once(function, spec, self.output, where, name, self.keys.get(where, ""), tuple(classes))
         tasks = map_blocks(
-            function, spec, range(len(grid)), client=self.client, at_once=at_once, stage=stage, name=name
+            _do_once, once, range(len(grid)), client=self.client, at_once=at_once, stage=stage, name=name
         )
-        for number, result in tasks:
+        for number, (kept, result) in tasks:
+            self.guard()
+            self.kept[stage] = self.kept.get(stage, 0) + kept
             self.progress.advance(stage, grid[number].core.size)
             yield number, result
+
+
+@dataclass(frozen=True)
+class _Once:
+    """A function of blocks whose done blocks are kept."""
+
+    function: Callable[[Any, int], Any]
+    spec: Any
+    output: Output
+    stage: str
+    step: str
+    key: str
+    classes: tuple[type, ...]
+
+
+def _do_once(once: _Once, number: int) -> tuple[bool, Any]:
+    """Return whether the block was done before, and its result."""
+    if not once.key:
+        return False, once.function(once.spec, number)
+    mark = Mark(once.output, once.stage, once.step, number, once.key)
+    try:
+        return True, mark.result(once.classes)
+    except NotDoneError:
+        pass
+    with noting() as files:
+        result = once.function(once.spec, number)
+    mark.write(result, files)
+    return False, result
 
 
 def map_blocks(
@@ -95,6 +147,8 @@ def map_blocks(
     name: str,
 ) -> Iterator[tuple[int, T]]:
     """Run ``function(spec, number)`` for every number, yielding results as they arrive, in any order.
+
+    A block that kills its workers or finds no memory is tried again at the end, with nothing beside it.
 
     Parameters
     ----------
@@ -119,7 +173,7 @@ def map_blocks(
     BraincensusError
         As the task raised it, with the stage and block added.
     BlockError
-        If a task failed in another way, or killed its workers.
+        If a task failed in another way, or killed its workers even alone; or the cluster is lost.
     """
     if client is None:
         for number in numbers:
@@ -131,27 +185,38 @@ def map_blocks(
         return
     if at_once is None:
         at_once = _IN_FLIGHT_PER_THREAD * max(1, sum(client.nthreads().values()))
-    token = uuid4().hex[:12]
     waiting = iter(numbers)
     submitted = {}
 
     def submit(number: int) -> Any:
-        future = client.submit(function, spec, number, key=f"{name}-{token}-{number}", pure=False)
+        key = f"{name}-{uuid4().hex[:12]}-{number}"  # a new one each time: a lost task's key is remembered
+        future = client.submit(function, spec, number, key=key, pure=False)
         submitted[future.key] = number
         return future
 
+    too_large: list[int] = []
     pending = as_completed([submit(number) for number in islice(waiting, at_once)])
     try:
         for future in pending:
             number = submitted.pop(future.key)
             try:
                 result = future.result()
+            except (KilledWorker, MemoryError):
+                too_large.append(number)  # too large beside others, perhaps not alone
+                for following in islice(waiting, 1):
+                    pending.add(submit(following))
+                continue
             except Exception as err:
                 raise _explained(err, stage, number) from err
             future.release()
             for following in islice(waiting, 1):
                 pending.add(submit(following))
             yield number, result
+        for number in too_large:
+            try:
+                yield number, submit(number).result()
+            except Exception as err:
+                raise _explained(err, stage, number) from err
     finally:
         remaining = list(pending.futures)
         if remaining:
@@ -161,22 +226,31 @@ def map_blocks(
 def _explained(err: Exception, stage: str, number: int) -> BraincensusError:
     if isinstance(err, BraincensusError):
         return type(err)(f"{err}\n  while: {stage}, block {number}")
-    if isinstance(err, KilledWorker):
+    if isinstance(err, KilledWorker | MemoryError):
+        died = isinstance(err, KilledWorker)
         return BlockError(
             explain(
-                f"{stage}, block {number}: the worker died each time it worked on this block",
+                f"{stage}, block {number}: "
+                + ("the worker died each time it worked on this block" if died else "not enough memory"),
+                found="with nothing beside it, too",
                 cause="out of memory",
-                remedy="a smaller --block-size, fewer --workers, or more memory for each",
+                remedy="smaller blocks (--block-size), fewer threads or workers on a machine, or more memory",
             )
         )
-    if isinstance(err, FutureCancelledError):
-        return BlockError(f"{stage}, block {number}: cancelled; the connection to the cluster was lost")
+    if isinstance(err, FutureCancelledError | CommClosedError):
+        return BlockError(
+            explain(
+                f"{stage}, block {number}: the connection to the cluster was lost",
+                cause="the scheduler died, or the network did",
+                remedy="start it again, then run again: done blocks are kept",
+            )
+        )
     if isinstance(err, OSError):
         return BlockError(
             explain(
                 f"{stage}, block {number}: {type(err).__name__}: {err}",
                 cause="a full disk or an unreachable file system",
-                remedy="free some space or reconnect, then run again",
+                remedy="free some space or reconnect, then run again: done blocks are kept",
             )
         )
     return BlockError(f"{stage}, block {number}: {type(err).__name__}: {err}")

@@ -177,22 +177,24 @@ def test_the_other_labellers_from_the_command_line(tmp_path, phantom, method):
     assert found.seams["exact"]
     assert found.provenance["labelling"]["labeller"]["outline_sigma"] == [0, 0, 0]
     left = {path.name for path in (out / "braincensus").iterdir()}
-    assert left == {"tile_median", "zarr.json"}, "working files are removed"
+    assert left == {"tile_median", "zarr.json", "done"}, "working files are removed"
+    assert not {"label", "stitch"} & {path.name for path in (out / "braincensus" / "done").iterdir()}
     assert "density beside seams" in call("info", out).output
 
 
-def test_an_existing_output_is_refused_and_kept(finished, volume):
+def test_the_output_of_another_input_is_refused_and_kept(finished, volume):
     before = (finished / "zarr.json").read_bytes()
     output = failing("run", volume, finished)
-    assert "overwrite" in output
+    assert "census of another input" in output
+    assert "--fresh" in output
     assert (finished / "zarr.json").read_bytes() == before
 
 
-def test_overwrite_never_deletes_what_is_not_ours(tmp_path, volume):
+def test_fresh_never_deletes_what_is_not_ours(tmp_path, volume):
     mine = tmp_path / "thesis"
     mine.mkdir()
     (mine / "chapter1.txt").write_text("years of work")
-    failing("run", volume, mine, "--overwrite")
+    failing("run", volume, mine, "--fresh")
     assert (mine / "chapter1.txt").read_text() == "years of work"
 
 

@@ -107,7 +107,7 @@ def test_begun_output_is_marked_incomplete_and_is_no_image(tmp_path):
     assert output.status == "incomplete"
     assert set(root_attributes(output.path)) == {"braincensus"}
     with pytest.raises(
-        OutputError, match=r"has not finished[\s\S]*recorded nothing so far[\s\S]*--overwrite"
+        OutputError, match=r"has not finished[\s\S]*recorded nothing so far[\s\S]*run again"
     ):
         open_output(output.path)
     again = open_output(output.path, allow_incomplete=True)
@@ -252,13 +252,13 @@ def test_block_size_does_not_show_in_the_voxels(tmp_path):
 
 def test_finished_and_unfinished_outputs_are_kept_unless_asked(finished, tmp_path):
     before = contents(finished.path)
-    with pytest.raises(OutputError, match=r"is a finished output[\s\S]*40 cells[\s\S]*--overwrite"):
+    with pytest.raises(OutputError, match=r"is a finished output[\s\S]*40 cells[\s\S]*--fresh"):
         create_output(finished.path, overwrite=False, voxel_size_um=VOXEL_UM)
     assert contents(finished.path) == before
     begun = create_output(tmp_path / "begun.zarr", overwrite=False, voxel_size_um=VOXEL_UM)
     begun.update_provenance({"intensity": {}})
     with pytest.raises(
-        OutputError, match=r"is an unfinished output[\s\S]*recorded intensity[\s\S]*--overwrite"
+        OutputError, match=r"is an unfinished output[\s\S]*recorded intensity[\s\S]*--fresh"
     ):
         create_output(begun.path, overwrite=False, voxel_size_um=VOXEL_UM)
     assert begun.provenance["intensity"] == {}

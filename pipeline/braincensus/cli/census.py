@@ -19,6 +19,7 @@ from braincensus.cli.options import (
     Device,
     Foreground,
     ForegroundThreshold,
+    Fresh,
     Input,
     Level,
     MaxIntensity,
@@ -32,7 +33,6 @@ from braincensus.cli.options import (
     MinVolume,
     OutlineSigma,
     Output,
-    Overwrite,
     Seeds,
     SeedThreshold,
     SpotSigma,
@@ -77,10 +77,14 @@ def run(
     device: Device = None,
     cluster: Cluster = None,
     workers: Workers = None,
-    overwrite: Overwrite = False,
+    fresh: Fresh = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
-    """Count the cells of a volume: labels, cell table and density map in one OME-Zarr."""
+    """Count the cells of a volume: labels, cell table and density map in one OME-Zarr.
+
+    On an output of the same input it goes on where the earlier run stopped; a changed setting redoes only the
+    stages that depend on it.
+    """
     with explaining():
         import braincensus
         from braincensus.report.console import ConsoleProgress, result_table
@@ -90,7 +94,7 @@ def run(
             _show_plan(input, settings)
             return
         with ConsoleProgress(stdout) as progress:
-            result = braincensus.run(input, output, config=settings, overwrite=overwrite, progress=progress)
+            result = braincensus.run(input, output, config=settings, overwrite=fresh, progress=progress)
         stdout.print(result_table(result))
 
 

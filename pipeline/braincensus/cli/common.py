@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,8 @@ def explaining() -> Iterator[None]:
     from braincensus.errors import BraincensusError
 
     logging.getLogger("distributed").setLevel(logging.ERROR)
+    # What schedulers of clusters send before they kill: stop as for Ctrl-C, so that locks are given back.
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     except BraincensusError as err:
@@ -30,8 +33,14 @@ def explaining() -> Iterator[None]:
             stderr.print(plain(rest), highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        stderr.print("[bold red]stopped[/bold red]; an output that was begun is marked incomplete")
+        stderr.print("[bold red]stopped[/bold red]; `run` goes on where it stopped when it is called again")
         raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def plain(text: str) -> str:

@@ -107,6 +107,10 @@ Cluster = Annotated[
 ]
 Workers = Annotated[int | None, typer.Option(help="worker processes of a local cluster")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier output of braincensus")]
+Fresh = Annotated[
+    bool,
+    typer.Option("--fresh", help="start over: replace an earlier output of braincensus, instead of going on"),
+]
 
 
 def read_settings(options: dict[str, Any]) -> Any:

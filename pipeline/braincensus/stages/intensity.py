@@ -119,7 +119,10 @@ def run(context: Context) -> IntensityRange:
         windows: list[Window] = []
         extrema: list[tuple[float, float]] = []
         spec = _Scan(volume, grid, context.output, scale)
-        for _, found in context.map("intensity", _scan_block, spec, grid, name="intensity-block"):
+        classes = (_Scanned, JointHistogram, Window, Box)
+        for _, found in context.map(
+            "intensity", _scan_block, spec, grid, name="intensity-block", classes=classes
+        ):
             joint = add_histograms([joint, found.joint])
             windows.extend(found.windows)
             extrema.append(found.extrema)

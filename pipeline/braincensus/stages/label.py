@@ -127,6 +127,7 @@ def run(context: Context, *, scale: IntensityScale, threshold: float) -> list[Bl
             spec,
             grid,
             name="label-block",
+            classes=(BlockSummary, Box),
         )
         return sorted((summary for _, summary in results), key=lambda summary: summary.number)
 

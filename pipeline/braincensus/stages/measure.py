@@ -60,6 +60,7 @@ def run(context: Context, index: CellIndex, scale: IntensityScale) -> SeamDensit
             spec,
             BlockGrid((parts, 1, 1), (1, 1, 1)),
             name="measure-part",
+            classes=(_Part, SeamCounts),
         ):
             np.add.at(counts.reshape(-1), part.bins, part.cells_in_bins)
             beside_seams += part.beside_seams

@@ -41,13 +41,8 @@ def run(context: Context) -> tuple[PyramidLevel, ...]:
                 f"{group}/{level}".lstrip("/"), shape=shape, dtype=finest.dtype.name, chunk=chunk, shard=shard
             )
             spec = _Pyramid(grid, context.output, group, level, method)
-            for _ in context.map(
-                "pyramid",
-                _downsample,
-                spec,
-                grid,
-                name="pyramid-region",
-            ):
+            name, after = ("pyramid-labels", "relabel") if group else ("pyramid-image", "segment")
+            for _ in context.map("pyramid", _downsample, spec, grid, name=f"{name}-{level}", after=after):
                 pass
     return levels
 

@@ -129,7 +129,7 @@ def audit(
     grid = context.plan.label_grid
     tally = _Tally()
     spec = _Seams(grid, context.output, aliases)
-    for _, found in context.map("stitch", _audit_block, spec, grid, name="audit-seams"):
+    for _, found in context.map("stitch", _audit_block, spec, grid, name="audit-seams", classes=(FaceAudit,)):
         for face in found:
             tally.add(face)
     same = resolve_disagreements(tally.unlike)

@@ -16,7 +16,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from braincensus.errors import OutputError, explain
-from braincensus.store.files import unreadable, writing
+from braincensus.store.files import note, unreadable, writing
 from braincensus_kernels.boxes import Box, Triple
 
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 64, 128
@@ -57,7 +57,7 @@ def create(
         same = (
             found.shape == tuple(shape)
             and found.dtype == np.dtype(dtype)
-            and found.fill_value == fill_value
+            and np.array_equal(found.fill_value, fill_value, equal_nan=True)
             and (found.chunks, found.shards) == (tuple(chunk), tuple(shard) if shard else None)
         )
         if same:
@@ -68,7 +68,7 @@ def create(
                 expected=f"{np.dtype(dtype).name} {tuple(shape)}, chunks {tuple(chunk)}, shards {shard}",
                 found=f"{found.dtype.name} {found.shape}, chunks {found.chunks}, shards {found.shards}",
                 cause="an earlier run with another volume or block size",
-                remedy="run again with --overwrite",
+                remedy="start over with --fresh (fresh=True)",
             )
         )
     with writing(place):
@@ -115,6 +115,7 @@ def write(root: Path, name: str, box: Box, values: np.ndarray) -> None:
         raise TypeError(f"{values.dtype} values would lose something in {name}, which is {array.dtype}")
     with writing(root / name):
         array[box.slices] = values.astype(array.dtype, copy=False)
+    note(*_shard_files(array, root / name, box))
 
 
 def read(root: Path, name: str, box: Box) -> np.ndarray:

@@ -177,6 +177,19 @@ class Output:
             raise ValueError(f"a working file is named by a path inside the output, not {name!r}")
         return self.work_dir.joinpath(*parts[:-1], parts[-1] + ending)
 
+    def remove_levels(self, group: str) -> None:
+        """Remove all levels of an image: of the root (``""``) or of ``labels/cells``."""
+        place = self.path / group
+        for entry in list(place.iterdir()) if place.is_dir() else ():
+            if entry.name.isdigit():
+                _remove(entry)
+
+    def remove_parts(self, *names: str) -> None:
+        """Remove folders of tables or arrays that a stage wrote, by their names in the output."""
+        for name in names:
+            if (self.path / name).exists():
+                _remove(self.path / name)
+
     # Provenance and status
 
     @property
@@ -276,7 +289,7 @@ class Output:
                             f"{self.path / name} does not have the planned shape",
                             expected=str(tuple(level.shape)),
                             found=str(found),
-                            remedy="run again with --overwrite",
+                            remedy="start over with --fresh (fresh=True)",
                         )
                     )
         self.array(f"{DENSITY}/0")
@@ -330,6 +343,31 @@ def create_output(
     return output
 
 
+def reopen_output(output: Output) -> Output:
+    """Go on with an output that was begun or finished, marked incomplete from now on.
+
+    Returns
+    -------
+    Output
+        Under a new token: what an earlier run still does with the old one is noticed.
+
+    Raises
+    ------
+    OutputError
+        If nothing can be written there.
+    """
+    attributes = root_attributes(output.path) or {}
+    recorded = attributes.get(KEY, {})
+    again = Output(output.path, output.voxel_size_um, uuid.uuid4().hex)
+    with writing(output.path):
+        # Without the `ome` attributes no viewer takes it for an image until it is whole again.
+        write_group(output.path, {KEY: {**recorded, "status": "incomplete", "token": again.token}})
+        for group in _GROUPS:
+            if not (output.path / group / "zarr.json").is_file():
+                write_group(output.path / group, {})
+    return again
+
+
 def open_output(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Output:
     """Open an output.
 
@@ -370,7 +408,7 @@ def open_output(path: str | os.PathLike[str], *, allow_incomplete: bool = False)
                 f"the run that writes {place} has not finished",
                 found=progress(recorded),
                 cause="it is still running, or it was interrupted or failed",
-                remedy="wait for it, or run again with --overwrite; "
+                remedy="wait for it, or run again: it goes on where it stopped; "
                 "open_output(path, allow_incomplete=True) shows what is there",
             )
         )

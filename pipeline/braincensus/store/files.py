@@ -13,6 +13,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +25,26 @@ from braincensus.errors import OutputError, explain
 
 PARTIAL = ".partial"
 """Ending of a file that is being written (zarr uses the same ending for its chunks)."""
+
+_written: ContextVar[list[Path] | None] = ContextVar("braincensus_written", default=None)
+
+
+@contextmanager
+def noting() -> Iterator[list[Path]]:
+    """Gather the files of the output that this thread writes meanwhile."""
+    files: list[Path] = []
+    token = _written.set(files)
+    try:
+        yield files
+    finally:
+        _written.reset(token)
+
+
+def note(*paths: Path) -> None:
+    """Say that files were written (or deliberately left out); called by all that write."""
+    files = _written.get()
+    if files is not None:
+        files.extend(paths)
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any], *, durable: bool) -> None:
@@ -55,6 +76,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], *, durable: bool)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+    note(path)
 
 
 @contextmanager
@@ -159,7 +181,7 @@ def unreadable(path: Path, err: BaseException) -> OutputError:
                 f"the output lacks {path}",
                 expected="a file that an earlier stage of this run writes",
                 cause="the run was interrupted, or files were removed",
-                remedy="run again with --overwrite",
+                remedy="run again: what is missing is done again",
             )
         )
     size = f"{path.stat().st_size:,} bytes" if path.is_file() else "not a file"
@@ -168,7 +190,7 @@ def unreadable(path: Path, err: BaseException) -> OutputError:
             f"cannot read {path}",
             found=f"{size}; {_first_line(err)}",
             cause="a damaged disk, or a copy that was interrupted",
-            remedy="restore this file from a copy, or run again with --overwrite",
+            remedy="run again: what is damaged is done again; or restore this file from a copy",
         )
     )
 

@@ -59,15 +59,15 @@ def _check_replaceable(place: Path, *, overwrite: bool, protect: Iterable[str | 
             explain(
                 f"{place} exists and is not an output of braincensus",
                 found=_listing(entry.name for entry in place.iterdir()),
-                remedy="give another path; --overwrite replaces outputs of braincensus only",
+                remedy="give another path; only outputs of braincensus are ever replaced",
             )
         )
     if not overwrite:
         if recorded.get("status") == "complete":
-            problem, remedy = "is a finished output", "give another path, or replace it with --overwrite"
+            problem, remedy = "is a finished output", "give another path, or start over with --fresh"
         else:
             problem = "is an unfinished output"
-            remedy = "if no other run is writing it, begin anew with --overwrite"
+            remedy = "if no other run is writing it, start over with --fresh"
         raise OutputError(explain(f"{place} {problem}", found=progress(recorded), remedy=remedy))
     foreign = _foreign_entries(place)
     if foreign:
