@@ -175,7 +175,8 @@ def train(
     Ctrl-C finishes the step and writes a checkpoint; the same command with --resume goes on from it.
     Several GPUs: torchrun --nproc-per-node 2 --no-python braincensus train ...
     """
-    stdout.quiet = os.environ.get("RANK", "0") != "0"  # one of several processes talks
+    first = os.environ.get("RANK", "0") == "0"
+    stdout.quiet = not first  # one of several processes talks
     with explaining():
         from braincensus.report.console import ConsoleProgress
         from braincensus.training import Recipe, TrainingInterruptedError, train_from_paths
@@ -207,10 +208,11 @@ def train(
                     picture_every=picture_every,
                     tensorboard=tensorboard,
                     progress=progress,
-                    message=lambda text: bars.message(plain(text)),
+                    message=lambda text: stdout.print(plain(text), highlight=False, soft_wrap=True),
                 )
             except TrainingInterruptedError as err:
-                stderr.print(plain(str(err)), highlight=False, soft_wrap=True)
+                if first:
+                    stderr.print(plain(str(err)), highlight=False, soft_wrap=True)
                 raise typer.Exit(128 + err.signal_number) from None
         stdout.print(f"weights: {out}\n{trained}", highlight=False, soft_wrap=True)
 

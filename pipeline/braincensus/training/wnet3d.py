@@ -58,6 +58,7 @@ from braincensus_kernels.models.training import Trainer, TrainingError, Training
 from braincensus_kernels.models.wnet3d import WNet3D
 
 _PICTURES = 8  # over the whole training, where nothing else is asked for
+_RECENT = 20  # steps, of which a message gives the mean
 _CALIBRATION_WINDOWS = 8
 _CALIBRATION_SIDE = 64
 _FORMAT = 1
@@ -480,7 +481,18 @@ class _Attempt:
     def _save(self) -> None:
         about = {**self.about, "seconds": self.seconds, "warnings": self.warned}
         save_checkpoint(self.places.checkpoint, self.trainer.state(), about)
-        if len(self.history) < self.trainer.settings.steps:  # else `finish` does
+        done, steps = len(self.history), self.trainer.settings.steps
+        recent = self.history[-_RECENT:]
+        loss, cut, error = (
+            float(np.mean([getattr(r, name) for r in recent])) for name in ("loss", "ncuts", "reconstruction")
+        )
+        minutes = self.seconds / done * (steps - done) / 60
+        left = f"about {minutes:.0f} min" if minutes >= 1 else "less than a minute"
+        self.say(
+            f"step {done} of {steps}: loss {loss:.4g} (cut {cut:.4g}, reconstruction {error:.4g}), smallest "
+            f"class {recent[-1].smallest_class:.3f}; {left} left"
+        )
+        if done < steps:  # else `finish` draws it
             self._curve()
 
     def _note(self, record: TrainingStep) -> None:
