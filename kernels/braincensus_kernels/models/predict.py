@@ -18,6 +18,7 @@ no result depends on what else is computed, or in which batch.
 
 from __future__ import annotations
 
+import platform
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from braincensus_kernels.boxes import Triple
+from braincensus_kernels.models import winograd
 from braincensus_kernels.models.calibrate import NormStatistics
 from braincensus_kernels.models.checkpoints import Weights
 from braincensus_kernels.models.fold import Convolution, FoldedEncoder, UpStep, fold
@@ -55,7 +57,13 @@ _threads_lock = threading.Lock()
 
 
 def resolve_precision(precision: str, device: str) -> str:
-    """Return ``float32`` or ``bfloat16``; ``auto`` is bfloat16 where the device computes it natively.
+    """Return ``float32`` or ``bfloat16``; ``auto`` is bfloat16 where the device is faster with it.
+
+    Notes
+    -----
+    Decided by what the processor is, not by timing it: the same machine gives the same bits, however busy.
+    float16 is not offered. Nothing holds folded activations below its largest number (see the tests), and no
+    processor at hand multiplied it faster than float32.
 
     Raises
     ------
@@ -73,14 +81,26 @@ def resolve_precision(precision: str, device: str) -> str:
         raise ValueError(f"precision must be auto, float32 or bfloat16, got {precision!r}")
     if torch.device(device).type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    native = torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return "bfloat16" if native else "float32"
+    return "bfloat16" if _cpu_is_faster_in_bfloat16() else "float32"
 
 
-def projected_bytes(core: Triple, halo: int, channels: Sequence[int], precision: str) -> int:
-    """Project the peak memory of a `Predictor` at work, in bytes: weights and patches read ahead included.
+def _cpu_is_faster_in_bfloat16() -> bool:
+    if not (torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_amx_tile_supported():
+        return True
+    # Intel's cores with float16 instructions have their bfloat16 products in AMX tiles. Without (a virtual
+    # machine may hide them) what is left multiplies at half the rate of float32. AMD's, at twice the rate.
+    return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
-    A sum over the level that needs most; on the safe side.
+
+def projected_bytes(
+    core: Triple, halo: int, channels: Sequence[int], precision: str, *, threads: int = 1
+) -> int:
+    """Project the peak memory of a `Predictor` at work, in bytes.
+
+    A sum over the level that needs most, weights, the two patches that `predict_all` holds and what `threads`
+    need to work in; on the safe side.
     """
     item = _DTYPES[precision].itemsize
     a, b, c, d = channels
@@ -99,9 +119,11 @@ def projected_bytes(core: Triple, halo: int, channels: Sequence[int], precision:
     at_half_up = skip + voxels(2, 4) * 5 * b * item
     # Full precision weights of both forms, and the working copies that a convolution makes of its own.
     parameters = 27 * (a * a + 2 * b * b + 2 * c * c + 2 * d * d) + 27 * 8 * (a * a + b * b + c * c)
-    return (
-        int(1.15 * max(at_full, at_half, at_out, at_half_up)) + PATCHES_AT_ONCE * patch * 4 + parameters * 8
-    )
+    fast = 0
+    if precision == "float32":  # the weights of `winograd.py`, and what its threads keep to work in
+        fast = 4 * 108 * 4 * (a * a + b * b + c * c) + threads * winograd.ROOM_BYTES
+    work = int(1.15 * max(at_full, at_half, at_out, at_half_up))
+    return work + PATCHES_AT_ONCE * patch * 4 + parameters * 8 + fast
 
 
 class Predictor:

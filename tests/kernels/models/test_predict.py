@@ -1,6 +1,7 @@
 """Folded, cropped prediction against the plain frozen network on a patch many times as large."""
 
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -228,10 +229,41 @@ def test_refusals(setting: Setting) -> None:
         ready.predict(volume[:44, :48, :48].copy())
 
 
-def test_automatic_precision_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    for native, expected in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda native=native: native)
-        assert resolve_precision("auto", "cpu") == expected
+@pytest.mark.parametrize(
+    ("machine", "bf16", "amx", "fp16", "expected"),
+    [
+        ("x86_64", False, False, False, "float32"),
+        ("x86_64", True, False, False, "bfloat16"),  # AMD from Zen 4 on
+        ("x86_64", True, True, True, "bfloat16"),  # Intel with AMX
+        ("x86_64", True, False, True, "float32"),  # the same with AMX hidden by the virtual machine
+        ("aarch64", True, False, True, "bfloat16"),
+    ],
+)
+def test_automatic_precision_follows_the_processor(
+    monkeypatch: pytest.MonkeyPatch, machine: str, bf16: bool, amx: bool, fp16: bool, expected: str
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: fp16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert resolve_precision("auto", "cpu") == expected
+
+
+def test_folded_features_leave_the_range_of_float16() -> None:
+    """Why it is not offered: scaling a norm up and the next weights down changes nothing, but overflows."""
+    weights = random_weights()
+    state = {k: v.clone() for k, v in weights.encoder.items()}
+    for name in ("weight", "bias"):
+        state[f"in_b.module.0.{name}"] *= 1e4
+    large = replace(weights, encoder=state)
+    volume = image((24, 24, 24))
+    statistics = calibrate(large, volume[None, None].copy())
+    first = fold(large.build_encoder(), statistics).down[0][0]
+    features = nn.functional.conv3d(torch.from_numpy(volume)[None, None].double(), first.weight, first.bias)
+    assert features.max() > torch.finfo(torch.float16).max
+    found = Predictor(large, statistics=statistics, halo_voxels=8, precision="bfloat16").predict(volume)
+    exact = Predictor(large, statistics=statistics, halo_voxels=8, precision="float32").predict(volume)
+    np.testing.assert_allclose(found, exact, atol=0.1)
 
 
 MEASURE = """
