@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +313,39 @@ def test_blocks_spread_over_a_volume_are_few_and_everywhere() -> None:
     starts = np.array([box.start for box in boxes])
     assert len(np.unique(starts[:, 0])) > 60
     assert len(np.unique(starts[:, 2])) > 25
+
+
+class Sky:
+    """A terabyte's worth of regions that is stored nowhere: tissue in a slab, noise elsewhere."""
+
+    def __init__(self) -> None:
+        self.largest, self.reads = 0, 0
+
+    def read(self, box: Box) -> np.ndarray:
+        self.largest, self.reads = max(self.largest, box.size), self.reads + 1
+        rng = np.random.default_rng(box.start)
+        values = rng.normal(100, 3, box.shape)
+        z = np.arange(box.start[0], box.stop[0])
+        values[(z >= 800) & (z < 1600)] *= 4
+        values[rng.random(box.shape) < 0.01] *= 3
+        return values.astype(np.uint16)
+
+
+def test_a_volume_of_any_size_is_known_from_a_few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("braincensus.training.crops._BLOCK", 32)  # as many regions as a terabyte has of 128^3
+    sky = Sky()
+    small = volume(np.arange(8**3, dtype=np.uint16).reshape(8, 8, 8))
+    huge = replace(small, shape=(3200, 1600, 1600), reader=sky)  # type: ignore[arg-type]
+    source = measure(huge, 16)
+    assert (sky.reads, sky.largest) == (128, 32**3)
+    assert source.tissue_share == pytest.approx(0.25, abs=0.02)
+    rng = np.random.default_rng(0)
+    z = np.array([source.place(16, rng).start[0] for _ in range(200)])
+    assert ((z > 700) & (z < 1700)).mean() > 0.8
+    draw = draw_crops([source], 16, "tissue")
+    for _ in range(20):
+        assert draw(rng).shape == (16, 16, 16)
+    assert sky.reads < 128 + 20 * 3
 
 
 # --- interruption -------------------------------------------------------------------------------------
