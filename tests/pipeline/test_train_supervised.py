@@ -12,8 +12,10 @@ from distributed import Client, LocalCluster
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from typer.testing import CliRunner, Result
 
 from braincensus import RunConfig, open_result, run
+from braincensus.cli import app
 from braincensus.errors import BraincensusError, ConfigError, InputError, OutputError
 from braincensus.training.crops import Source, measure
 from braincensus.training.pairs import (
@@ -329,9 +331,8 @@ def test_a_census_is_labels_for_the_volume_that_it_counted(census: Path, tmp_pat
         level=0,
         **{**OPTIONS, "epochs": 1},
     )
-    assert (
-        f"a census (intensity, voronoi-otsu) that found {result.n_cells:,} cells" in trained.card.read_text()
-    )
+    labelled_by = f"out.zarr, a census (intensity, voronoi-otsu) that found {result.n_cells:,} cells"
+    assert labelled_by in trained.card.read_text()
     assert json.loads(load_supervised(trained.weights).metadata["volumes"])[0]["name"] == "image.npy"
 
 
@@ -353,6 +354,45 @@ def test_a_volume_that_is_not_what_the_census_counted_is_refused(census: Path, t
     assert pair_of_census(census).volume.shape == SHAPE
     with pytest.raises(OutputError):
         pair_of_census(tmp_path)
+
+
+# --- the command line --------------------------------------------------------------------------------
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def test_the_command(known: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    np.save(tmp_path / "image.npy", known[0])
+    np.save(tmp_path / "cells.npy", known[1])
+    arguments = ("train-supervised", tmp_path / "image.npy", "--voxel-size", "5", "--crop", "16")
+    shorter = ("--epochs", "1", "--steps-per-epoch", "1", "--batch", "1", "--threads", "1", "--no-augment")
+    out = tmp_path / "mine.safetensors"
+    done = call(
+        *arguments,
+        *shorter,
+        "--labels",
+        tmp_path / "cells.npy",
+        "--loss",
+        "tversky",
+        "--seed",
+        3,
+        "--out",
+        out,
+    )
+    assert done.exit_code == 0, done.output
+    assert "epoch 1 of 1" in done.output
+    assert "1 steps in" in done.output
+    settings = json.loads(load_supervised(out).metadata["settings"])
+    assert (settings["loss"], settings["seed"], settings["augment"]) == ("tversky", 3, False)
+    refused = call(*arguments, "--labels", tmp_path / "cells.npy", "--out", out)
+    assert refused.exit_code == 1
+    assert "the output exists" in refused.output
+    refused = call(*arguments, "--out", out)
+    assert refused.exit_code == 1
+    assert "--from-census OUTPUT" in refused.output
+    assert "Traceback" not in refused.output
 
 
 # --- what is refused ---------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +30,7 @@ from braincensus_kernels.models.training import INPUT_TOP
 _BLOCKS = 1024
 _SHARE_WITH_CELLS = 0.8  # of crops to train on: cells are rare, and a crop without any teaches little
 _TRIES = 8
+_MADE_BY = (("foreground", "model"), ("labelling", "method"))
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,6 @@ class Pair:
     """Whole numbers: 0 is background, all others are cells."""
     labelled_by: str
     """For people."""
-
-    def about(self) -> dict[str, Any]:
-        """Return what describes the labels, as JSON holds it."""
-        return {"labels": Path(self.labels.source).name, "labelled_by": self.labelled_by}
 
     def cells(self, box: Box) -> NDArray[np.bool_]:
         """Read where cells are."""
@@ -165,10 +161,12 @@ def pair_of_census(output: str | Path, *, volume: Volume | None = None) -> Pair:
                 )
             )
     labels = open_volume(result.labels, voxel_size_um=volume.voxel_size_um)
-    model = about["config"]["foreground"]["model"]
-    method = about["config"]["labelling"]["method"]
+    model, method = (about["config"][part][name] for part, name in _MADE_BY)
+    name = Path(output).name
     return pair(
-        volume, labels, labelled_by=f"a census ({model}, {method}) that found {result.n_cells:,} cells"
+        volume,
+        labels,
+        labelled_by=f"{name}, a census ({model}, {method}) that found {result.n_cells:,} cells",
     )
 
 

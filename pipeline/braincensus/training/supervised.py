@@ -42,7 +42,6 @@ from braincensus.training.record import Places, load_checkpoint, save_checkpoint
 from braincensus.training.supervised_record import Told, write_card, write_losses, write_picture
 from braincensus.training.wnet3d import reproducible
 from braincensus.volume import Volume, open_volume
-from braincensus_kernels.models.predict import resolve_precision
 from braincensus_kernels.models.supervised.augment import Augmentation
 from braincensus_kernels.models.supervised.losses import LossName
 from braincensus_kernels.models.supervised.networks import (
@@ -56,6 +55,7 @@ from braincensus_kernels.models.supervised.networks import (
     network_metadata,
     save_supervised,
 )
+from braincensus_kernels.models.supervised.predict import resolve_supervised_precision
 from braincensus_kernels.models.supervised.training import (
     SupervisedEpoch,
     SupervisedSettings,
@@ -163,15 +163,12 @@ class SupervisedRecipe:
     def settled(self, training_blocks: int, device: str) -> SupervisedRecipe:
         """Return the recipe with everything that was left open decided."""
         batch = PUBLISHED_BATCH[self.kind] if self.batch is None else self.batch
-        on_cpu = torch.device(device).type == "cpu"
         return replace(
             self,
             size=PUBLISHED_SIZE[self.kind] if self.size is None else self.size,
             batch=batch,
             steps_per_epoch=self.steps_per_epoch or max(1, -(-training_blocks // batch)),
-            precision="float32"
-            if on_cpu and self.precision == "auto"
-            else resolve_precision(self.precision, torch.device(device).type),
+            precision=resolve_supervised_precision(self.precision, device),
         )
 
     def settings(self, steps: int) -> SupervisedSettings:
@@ -328,7 +325,7 @@ def train_supervised_from_paths(
             pair(
                 volume,
                 open_volume(path, voxel_size_um=volume.voxel_size_um),
-                labelled_by=f"labels given as {Path(path).name}",
+                labelled_by=Path(path).name,
             )
             for volume, path in zip(volumes, labels, strict=True)
         ]
@@ -372,7 +369,8 @@ class _Attempt:
             precision=recipe.precision,
         )
         self.volumes = [
-            {**source.about(), **each.about()} for source, each in zip(self.sources, self.pairs, strict=True)
+            {**source.about(), "labelled_by": each.labelled_by}
+            for source, each in zip(self.sources, self.pairs, strict=True)
         ]
         self.about: dict[str, Any] = {
             "format": _FORMAT,

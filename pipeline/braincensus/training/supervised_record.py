@@ -121,7 +121,7 @@ def write_card(path: Path, told: Told) -> None:
         "",
         *(
             f"- {v['name']}: {v['shape']} voxels of {v['voxel_size_um']} um; 0 to 1 is {v['range'][0]:g} to "
-            f"{v['range'][1]:g}. Labels: {v['labels']}, {v['labelled_by']}."
+            f"{v['range'][1]:g}. Labels: {v['labelled_by']}."
             for v in told.volumes
         ),
         f"- {len(split.training)} blocks were trained on, {len(split.held_out)} held out; "
