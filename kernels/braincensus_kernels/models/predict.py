@@ -36,7 +36,7 @@ from braincensus_kernels.models import winograd
 from braincensus_kernels.models.calibrate import NormStatistics
 from braincensus_kernels.models.checkpoints import Weights
 from braincensus_kernels.models.fold import Convolution, FoldedEncoder, UpStep, fold
-from braincensus_kernels.models.stream import PATCHES_AT_ONCE, Lanes, ReadAhead
+from braincensus_kernels.models.stream import PATCHES_AT_ONCE, Lanes, ReadAhead, predict_ahead
 
 LATTICE = 8
 """Patches start, and extend, at multiples of this many voxels: the network halves three times."""
@@ -281,16 +281,12 @@ class Predictor:
         >>> [core.shape for core in predictor.predict_all(window for _ in range(2))]
         [(16, 16, 16), (16, 16, 16)]
         """
-        turn = nullcontext() if slot is None else slot
+        slot = nullcontext() if slot is None else slot
+        if not self._cuda:
+            yield from predict_ahead(self.predict, self._checked(patches), slot=slot)
+            return
         with ReadAhead(self._checked(patches)) as ready:
-            if self._cuda:
-                yield from self._lanes.run(ready, turn)
-                return
-            for patch in ready:
-                with turn:
-                    result = self.predict(patch)
-                del patch
-                yield result
+            yield from self._lanes.run(ready, slot)
 
     def _checked(self, patches: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
         for patch in patches:

@@ -128,6 +128,25 @@ class ReadAhead(Generic[T]):
         self._over = True
 
 
+def predict_ahead(
+    predict: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+    patches: Iterable[NDArray[np.float32]],
+    *,
+    slot: AbstractContextManager[Any],
+) -> Iterator[NDArray[np.float32]]:
+    """Yield what `predict` gives of every patch, in order, and read the next one meanwhile.
+
+    `slot` is held while predicting, and not while waiting for a patch.
+    """
+    with ReadAhead(patches) as ready:
+        for patch in ready:
+            with slot:
+                result = predict(patch)
+            del patch
+            yield result
+            del result
+
+
 @dataclass
 class _Buffers:
     host_in: Tensor
