@@ -16,26 +16,35 @@ from typing import Any
 
 from distributed import Client
 
-from braincensus import cluster
-from braincensus.config import RunConfig, WNet3DForeground
+from braincensus import cluster, manifest
+from braincensus.config import RunConfig, SupervisedForeground, WNet3DForeground
 from braincensus.errors import ConfigError, InputError, explain
 from braincensus.formats.convert import COPYING
+from braincensus.manifest import Continuation
 from braincensus.planning import Plan, make_plan
 from braincensus.progress import Progress, Silent
 from braincensus.result import Result
 from braincensus.stages import intensity, label, measure, pyramid, relabel, segment, stitch, threshold
 from braincensus.stages.norms import Calibration, set_norms
 from braincensus.store import (
+    Output,
     check_free,
     create_output,
+    open_output,
+    reopen_output,
     write_blocks_table,
 )
+from braincensus.store.lock import locked
+from braincensus.store.root import recorded_at
 from braincensus.tasks import Context
 from braincensus.volume import Volume, open_volume
 from braincensus.weights.files import find_weights
+from braincensus.weights.supervised import load_for, settled
 from braincensus_kernels.models.calibrate import stored_calibration
 from braincensus_kernels.models.checkpoints import Weights, load_weights
 from braincensus_kernels.models.predict import resolve_precision
+from braincensus_kernels.models.supervised.networks import SupervisedWeights
+from braincensus_kernels.models.supervised.predict import resolve_supervised_precision
 
 _RECORDED = (
     "braincensus",
@@ -48,23 +57,6 @@ _RECORDED = (
     "scipy",
     "numba",
     "monai",
-)
-
-_WORKING_FILES = (
-    "ids",
-    "owned",
-    "foreign",
-    "faces",
-    "touching",
-    "merged",
-    "local_labels",
-    "seeds.npy",
-    "contributors.npy",
-    "contributors_from.npy",
-    "aliases_none.npy",
-    "aliases_joined.npy",
-    "aliases_audited.npy",
-    "aliases_merged.npy",
 )
 
 
@@ -91,7 +83,9 @@ def run(
         A Dask client whose cluster to use. Its workers must reach `input` and `output` at the same
         paths. Without it, ``config.compute`` decides.
     overwrite
-        Replace an earlier output of braincensus at this path (and nothing else).
+        Start over: replace an earlier output of braincensus at this path (and nothing else). Otherwise a run
+        on an output of the same input goes on where the earlier one stopped; a changed setting redoes the
+        stages that depend on it.
     progress
         Told about every stage; silent by default.
 
@@ -103,7 +97,8 @@ def run(
     Raises
     ------
     InputError, ConfigError, OutputError, PlanError, BlockError
-        All are `BraincensusError`; an output that was begun stays marked incomplete.
+        All are `BraincensusError`; an output that was begun stays marked incomplete, and the same call goes
+        on with it. An output of another input, or one that another run is writing, is refused.
 
     Examples
     --------
@@ -115,22 +110,36 @@ def run(
     progress = progress or Silent()
     output = Path(output)
     protect = [input] if isinstance(input, str | Path) else []
-    check_free(output, overwrite=overwrite, protect=protect)
-    with _scratch(output) as scratch:
-        # Everything that can be refused is, before the input is copied (where it must be) or computed on.
-        described = _open(input, config, scratch, Silent(), copy=False)
-        weights = _weights(config)
-        plan = _plan(described, config, weights, cluster.resources_for(config.compute, client))
-        plan.check(free_disk_bytes=_free_disk(output))
+    earlier = None if overwrite else _earlier(output)
+    if earlier is None:
+        check_free(output, overwrite=overwrite, protect=protect)
+    # Everything that can be refused is, before the input is copied (where it must be) or computed on.
+    described = _open(input, config, _scratch_for(output), Silent(), copy=False)
+    weights = _weights(config)
+    resources = cluster.resources_for(config.compute, client)
+    plan = _plan(described, _as_before(config, earlier), weights, resources)
+    plan.check(free_disk_bytes=_free_disk(output) if earlier is None else None)
+    with locked(output.absolute()) as lock, _scratch(output) as scratch:
+        how = _continuation(plan, weights, earlier)
+        if how.finished:
+            progress.message(how.report())
+            return Result(open_output(output))
         volume = _open(input, config, scratch, progress, copy=True)
         with _connected(plan, client) as (connected, resources):
             plan = replace(plan, volume=volume, resources=resources)
             if connected.dashboard_link:
                 progress.message(f"Dask dashboard: {connected.dashboard_link}")
-            store = create_output(
-                output, overwrite=overwrite, voxel_size_um=volume.voxel_size_um, protect=protect
-            )
-            return _run_stages(Context(plan, store, connected, progress), weights)
+            if earlier is None:
+                store = create_output(
+                    output, overwrite=overwrite, voxel_size_um=volume.voxel_size_um, protect=protect
+                )
+            else:
+                progress.message(how.report())
+                store = reopen_output(earlier)
+                manifest.discard(store, how.redone)
+            store.update_provenance({"manifest": {"settings": how.settings}})
+            context = Context(plan, store, connected, progress, keys=how.keys, guard=lock.check)
+            return _run_stages(context, weights)
 
 
 def plan(input: Any, *, config: RunConfig | None = None, client: Client | None = None) -> Plan:
@@ -188,7 +197,7 @@ def calibrate(
                 return set_norms(context, network, ranges, stage="calibrate"), volume
 
 
-def _run_stages(context: Context, weights: Weights | None) -> Result:
+def _run_stages(context: Context, weights: Weights | SupervisedWeights | None) -> Result:
     store, plan = context.output, context.plan
     store.update_provenance(_begin(plan))
     ranges = intensity.run(context)
@@ -223,9 +232,32 @@ def _run_stages(context: Context, weights: Weights | None) -> Result:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
     )
-    store.remove_work(*_WORKING_FILES)
     store.finalise(levels=levels, density_bin_um=plan.config.density.bin_um)
+    manifest.tidy(store)
     return Result(store)
+
+
+def _earlier(output: Path) -> Output | None:
+    """Return what an earlier run left at this path, or None where there is nothing of ours."""
+    if not output.exists() or output.is_symlink() or recorded_at(output) is None:
+        return None
+    return open_output(output, allow_incomplete=True)
+
+
+def _continuation(
+    plan: Plan, weights: Weights | SupervisedWeights | None, earlier: Output | None
+) -> Continuation:
+    settings = manifest.settings_of(plan, weights_sha256=weights.sha256 if weights else "")
+    return manifest.begin(settings) if earlier is None else manifest.continue_from(earlier, settings)
+
+
+def _as_before(config: RunConfig, earlier: Output | None) -> RunConfig:
+    """Keep the blocks of the earlier run where none are asked for: free memory may have chosen others now."""
+    if earlier is None or config.compute.block_voxels is not None:
+        return config
+    recorded = earlier.provenance.get("manifest", {}).get("settings", {}).get("threshold", {})
+    block = recorded.get("block_voxels")
+    return config if block is None else config.merged({"compute": {"block_voxels": block}})
 
 
 def _begin(plan: Plan) -> dict[str, Any]:
@@ -288,9 +320,11 @@ class _ConvertStage:
             self._progress.finish("convert", time.perf_counter() - self._began)
 
 
-def _weights(config: RunConfig) -> Weights | None:
+def _weights(config: RunConfig) -> Weights | SupervisedWeights | None:
     """Load the weights on the client first, so that a wrong file is refused before anything runs."""
     foreground = config.foreground
+    if isinstance(foreground, SupervisedForeground):
+        return load_for(foreground)
     if not isinstance(foreground, WNet3DForeground):
         return None
     found = find_weights(foreground.weights)
@@ -311,10 +345,19 @@ def _weights(config: RunConfig) -> Weights | None:
     return weights
 
 
-def _plan(volume: Volume, config: RunConfig, weights: Weights | None, resources: cluster.Resources) -> Plan:
+def _plan(
+    volume: Volume,
+    config: RunConfig,
+    weights: Weights | SupervisedWeights | None,
+    resources: cluster.Resources,
+) -> Plan:
     precision = "float32"
     if isinstance(config.foreground, WNet3DForeground):
         precision = resolve_precision(config.foreground.precision, resources.device)
+    elif isinstance(weights, SupervisedWeights):
+        assert isinstance(config.foreground, SupervisedForeground)
+        precision = resolve_supervised_precision(config.foreground.precision, resources.device)
+        config = settled(config, weights)
     return make_plan(
         volume, config, resources, channels=weights.channels if weights else None, precision=precision
     )
@@ -329,10 +372,15 @@ def _connected(plan: Plan, client: Client | None) -> Iterator[tuple[Client, clus
             yield connected
 
 
+def _scratch_for(output: Path) -> Path:
+    """Where a converted copy of the input may be."""
+    return output.absolute().parent / f".{output.name}.input"
+
+
 @contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
     """Give a place beside the output for a converted copy of the input; removed when the run succeeds."""
-    scratch = output.absolute().parent / f".{output.name}.input"
+    scratch = _scratch_for(output)
     yield scratch
     shutil.rmtree(scratch, ignore_errors=True)
 

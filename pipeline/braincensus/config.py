@@ -36,7 +36,7 @@ TripleSigma = Annotated[
 Probability = Annotated[float, Field(ge=0, le=1)]
 Percentile = Annotated[float, Field(ge=0, le=100)]
 
-_MODELS = "wnet3d or intensity"
+_MODELS = "wnet3d, segresnet, swinunetr or intensity"
 _METHODS = "voronoi-otsu, components or watershed"
 
 
@@ -109,13 +109,95 @@ class WNet3DForeground(_Section):
     calibration_seed: int = Field(0, ge=0, description="seed of the choice of those windows")
 
 
+class SupervisedForeground(_Section):
+    """What both networks that are trained with labels have. Train one with `braincensus train-supervised`."""
+
+    weights: str | None = Field(
+        None, description="required: a name (`braincensus weights list`), or a .safetensors or .pth file"
+    )
+    norm: Literal["calibrated", "window"] = Field(
+        "calibrated",
+        description="calibrated: statistics frozen for the whole volume; window: those of each patch",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="arithmetic of the network; auto: bfloat16 on a GPU that has it, else float32"
+    )
+    input_percentiles: tuple[Percentile, Percentile] | None = Field(
+        None,
+        description="percentiles of tissue that the network sees as 0 and 1, in place of intensity's; null: "
+        "as the weights were trained (they record it), else 1 and 99",
+    )
+    threshold: Probability | None = Field(
+        None,
+        description="probability below this counts as 0, where labelling.foreground_threshold is null; null: "
+        "what training chose, else the paper's (segresnet 0.3, swinunetr 0.4)",
+    )
+    calibration_windows: Positive = Field(8, description="windows of tissue that set the norm statistics")
+    calibration_seed: int = Field(0, ge=0, description="seed of the choice of those windows")
+
+    @model_validator(mode="after")
+    def _percentiles_are_a_range(self) -> Self:
+        if self.input_percentiles is not None and self.input_percentiles[0] >= self.input_percentiles[1]:
+            raise ValueError("input_percentiles is a range, low before high")
+        return self
+
+
+class SegResNetForeground(SupervisedForeground):
+    """Foreground probability from a SegResNet trained with labels."""
+
+    model: Literal["segresnet"] = Field("segresnet", description=_MODELS)
+    patch_voxels: TripleInt = Field(
+        (128, 128, 128), description="voxels that one network patch writes; multiples of 8"
+    )
+    halo_voxels: int = Field(
+        32, ge=0, le=128, multiple_of=8, description="context around a patch; 128 is exact (norm: calibrated)"
+    )
+
+    @model_validator(mode="after")
+    def _fits_the_network(self) -> Self:
+        _check_patch(self.patch_voxels, 0, step=8, why="the network halves three times")
+        return self
+
+
+class SwinUNETRForeground(SupervisedForeground):
+    """Foreground probability from a SwinUNETR trained with labels."""
+
+    model: Literal["swinunetr"] = Field("swinunetr", description=_MODELS)
+    patch_voxels: TripleInt = Field(
+        (48, 48, 48),
+        description="voxels that one network patch writes; multiples of 8, and of 32 with the halo on both "
+        "sides. Part of the result: the network sees nothing beyond a patch and its halo",
+    )
+    halo_voxels: int = Field(8, ge=0, le=128, multiple_of=8, description="context around a patch")
+
+    @model_validator(mode="after")
+    def _fits_the_network(self) -> Self:
+        _check_patch(self.patch_voxels, 0, step=8, why="patches lie on a lattice of 8")
+        _check_patch(self.patch_voxels, self.halo_voxels, step=32, why="the network halves five times")
+        if self.norm == "window" and all(n + 2 * self.halo_voxels <= 32 for n in self.patch_voxels):
+            raise ValueError(
+                "patch_voxels + 2 * halo_voxels must be more than 32 somewhere: norms need voxels"
+            )
+        return self
+
+
+def _check_patch(patch: tuple[int, int, int], halo: int, *, step: int, why: str) -> None:
+    if any((n + 2 * halo) % step for n in patch):
+        fits = ",".join(str(-(-(n + 2 * halo) // step) * step - 2 * halo) for n in patch)
+        what = f"patch_voxels + 2 * {halo} (halo_voxels)" if halo else "patch_voxels"
+        raise ValueError(f"{what} must be multiples of {step} ({why}); patch_voxels {fits} would do")
+
+
 class IntensityForeground(_Section):
     """Foreground from intensity alone: contrast to the local background, range-mapped; no network."""
 
     model: Literal["intensity"] = Field("intensity", description=_MODELS)
 
 
-Foreground = Annotated[WNet3DForeground | IntensityForeground, Field(discriminator="model")]
+Foreground = Annotated[
+    WNet3DForeground | SegResNetForeground | SwinUNETRForeground | IntensityForeground,
+    Field(discriminator="model"),
+]
 
 
 class _Labelling(_Section):
@@ -379,7 +461,11 @@ def _fields(section: BaseModel) -> list[str]:
 
 
 _ALTERNATIVES: dict[str, dict[str, BaseModel]] = {
-    "foreground": {"without a network": IntensityForeground()},
+    "foreground": {
+        "without a network": IntensityForeground(),
+        "a network trained with labels": SegResNetForeground(),
+        "the other, with attention": SwinUNETRForeground(),
+    },
     "labelling": {"connected components": ConnectedComponents(), "watershed": Watershed()},
 }
 

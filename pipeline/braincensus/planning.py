@@ -15,12 +15,20 @@ from math import prod
 
 from braincensus.blocks import BlockGrid
 from braincensus.cluster import GIB, Resources
-from braincensus.config import IntensityForeground, RunConfig, WNet3DForeground
+from braincensus.config import (
+    IntensityForeground,
+    RunConfig,
+    SegResNetForeground,
+    SupervisedForeground,
+    SwinUNETRForeground,
+    WNet3DForeground,
+)
 from braincensus.errors import PlanError, explain
 from braincensus.labelling import Foreground, Labeller, foreground_for, labeller_for
 from braincensus.volume import Volume
 from braincensus_kernels.boxes import Triple
 from braincensus_kernels.models.predict import projected_bytes
+from braincensus_kernels.models.supervised.predict import projected_supervised_bytes
 
 LATTICE = 8
 """Voxels between the positions at which tiles and network patches may start (the network pools thrice)."""
@@ -134,7 +142,12 @@ class Plan:
 
     def _memory_remedy(self, stage: str) -> str:
         if stage == "segment":
-            return "a smaller foreground.patch_voxels in the configuration, fewer --workers, or more memory"
+            fewer = isinstance(self.config.foreground, SupervisedForeground)
+            windows = "fewer foreground.calibration_windows, " if fewer else ""
+            return (
+                f"a smaller foreground.patch_voxels in the configuration, {windows}fewer --workers, or more "
+                "memory"
+            )
         fits = [
             side
             for side in _BLOCK_SIDES
@@ -194,7 +207,7 @@ def make_plan(
 
 
 def _segmentation(
-    foreground: WNet3DForeground | IntensityForeground,
+    foreground: WNet3DForeground | SupervisedForeground | IntensityForeground,
     shape: Triple,
     *,
     channels: tuple[int, ...] | None,
@@ -202,7 +215,10 @@ def _segmentation(
 ) -> Segmentation:
     if isinstance(foreground, IntensityForeground):
         return Segmentation(_lattice_bounded(_SCAN_BLOCK, shape), 0, None, "float32")
-    if foreground.norm == "window":
+    if isinstance(foreground, SwinUNETRForeground):  # one shape for all volumes: all of a patch counts
+        return Segmentation(foreground.patch_voxels, foreground.halo_voxels, channels, precision)
+    assert isinstance(foreground, WNet3DForeground | SegResNetForeground)
+    if isinstance(foreground, WNet3DForeground) and foreground.norm == "window":
         side = _WINDOW - 2 * _WINDOW_HALO
         return Segmentation((side, side, side), _WINDOW_HALO, channels, precision)
     uneven = [n for n in foreground.patch_voxels if n % LATTICE]
@@ -258,17 +274,29 @@ def _memory(plan: Plan) -> dict[str, int]:
     region = prod(n + 2 * plan.segmentation.halo for n in plan.segment_grid.block_shape)
     segment = threads * region * (item + 4) + threads * prod(plan.segment_grid.block_shape) * 8
     if plan.segmentation.channels is not None:
-        segment += projected_bytes(
-            plan.segmentation.patch,
-            plan.segmentation.halo,
-            plan.segmentation.channels,
-            plan.segmentation.precision,
-        )
+        segment += _network_bytes(plan)
     return {
         "intensity": _PROCESS_BYTES + threads * scan * (item + 12),
         "segment": _PROCESS_BYTES + segment,
         "label": _label_bytes(plan.label_grid, plan.labeller, volume, plan.resources),
     }
+
+
+def _network_bytes(plan: Plan) -> int:
+    """Project what the network needs for a patch; or for all calibration windows, where they go at once."""
+    patch, halo, channels = plan.segmentation.patch, plan.segmentation.halo, plan.segmentation.channels
+    assert channels is not None
+    foreground, precision = plan.config.foreground, plan.segmentation.precision
+    if not isinstance(foreground, SegResNetForeground | SwinUNETRForeground):
+        return projected_bytes(patch, halo, channels, precision)
+    kind, size = foreground.model, channels[0]
+    z, y, x = (n + 2 * halo for n in patch)
+    need = projected_supervised_bytes(kind, size, (z, y, x), precision=precision)
+    if foreground.norm == "calibrated":
+        window = (_WINDOW,) * 3
+        windows = foreground.calibration_windows
+        need = max(need, projected_supervised_bytes(kind, size, window, precision="float32", at_once=windows))
+    return need
 
 
 def _label_bytes(grid: BlockGrid, labeller: Labeller, volume: Volume, resources: Resources) -> int:
@@ -300,12 +328,24 @@ def _seconds(plan: Plan) -> dict[str, float]:
     )
     seconds = {name: plan.voxels / (rate * cores) for name, rate in _VOXELS_PER_CORE_SECOND.items()}
     seconds["label"] *= overlap
-    if plan.segmentation.channels is not None:
+    if isinstance(plan.config.foreground, SupervisedForeground):
+        patches = plan.voxels * prod((p + 2 * plan.segmentation.halo) / p for p in plan.segmentation.patch)
+        seconds["segment"] = patches / (_supervised_voxels_per_core_second(plan) * cores)
+    elif plan.segmentation.channels is not None:
         per_voxel = 1.009e6 * (plan.segmentation.channels[0] / 64) ** 2
         halo = prod((p + 2 * plan.segmentation.halo) / p for p in plan.segmentation.patch)
         rate = _MULTIPLY_ADDS_PER_CORE_SECOND.get(plan.segmentation.precision, 30e9) * cores
         seconds["segment"] = plan.voxels * per_voxel * min(halo, 2.5) / rate
     return seconds
+
+
+def _supervised_voxels_per_core_second(plan: Plan) -> float:
+    """As measured with the published sizes and the smallest ones."""
+    assert plan.segmentation.channels is not None
+    size = plan.segmentation.channels[0]
+    if isinstance(plan.config.foreground, SegResNetForeground):
+        return 0.45e6 * 8 / size
+    return 0.1e6 / (1 + size / 24)
 
 
 def _bounded(side: int, shape: Triple) -> Triple:

@@ -1,22 +1,25 @@
-"""WNet3D over a volume: what a worker loads once, and how it walks through a region. Part of stage 2.
+"""A network over a volume: what a worker loads once, and how it walks through a region. Part of stage 2.
 
 The network works in patches of one shape at fixed places of a global lattice, so that the probability of
-a voxel is the same bits however the volume is cut for labelling.
+a voxel is the same bits however the volume is cut for labelling. `Network` is WNet3D; what differs for the
+networks trained with labels is in supervised.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from braincensus.config import WNet3DForeground
+from braincensus.config import SupervisedForeground, WNet3DForeground
 from braincensus.errors import InputError, explain
 from braincensus.planning import LATTICE, Segmentation
 from braincensus.stages.scaled import ScaledVolume
 from braincensus.worker import device_slot, keep
 from braincensus_kernels.boxes import Box
-from braincensus_kernels.models.calibrate import NormStatistics
+from braincensus_kernels.models.calibrate import NormStatistics, calibrate
 from braincensus_kernels.models.checkpoints import Weights, load_weights
 from braincensus_kernels.models.predict import Predictor
 
@@ -24,12 +27,23 @@ NORM_STATISTICS = "norm_statistics"
 """Working file of the output in which the workers find the norms' statistics."""
 
 
+class Predicts(Protocol):
+    """A network on a device."""
+
+    @property
+    def reach_voxels(self) -> int | None:
+        """How far it looks; None: as far as the patch goes."""
+
+    def predict(self, patch: np.ndarray) -> np.ndarray:
+        """Return the foreground probability of a patch without its halo."""
+
+
 @dataclass(frozen=True)
 class Network:
     """A network's place in a run: small, and sent with every task; weights and statistics are not."""
 
     volume: ScaledVolume
-    settings: WNet3DForeground
+    settings: WNet3DForeground | SupervisedForeground
     segmentation: Segmentation
     weights_source: str
     weights_sha256: str
@@ -38,23 +52,43 @@ class Network:
 
     def foreground(self, core: Box) -> np.ndarray:
         """Return the foreground probability of a region, float32 in [0, 1]."""
-        output = self.volume.output
-        predictor = keep(
-            "predictor",
-            output.token,
-            lambda: self.predictor(NormStatistics.from_arrays(output.read_work(NORM_STATISTICS))),
-        )
+        predictor = keep("predictor", self.volume.output.token, self.ready)
         probability = np.empty(core.shape, dtype=np.float32)
-        for patch in core.align(LATTICE).tiles(self.segmentation.patch):
-            scaled = self.volume.network_input(patch.dilate(self.segmentation.halo))
+        for patch in self.patches(core):
+            scaled = self.input(patch.dilate(self.segmentation.halo))
             with device_slot:
                 predicted = predictor.predict(scaled)
             inside = patch.intersect(core)
             probability[inside.slices_in(core)] = predicted[inside.slices_in(patch)]
         return probability
 
-    def predictor(self, statistics: NormStatistics) -> Predictor:
+    @property
+    def extent_step(self) -> int:
+        """Extents of what the network takes are multiples of this."""
+        return LATTICE
+
+    def patches(self, core: Box) -> Iterator[Box]:
+        """Return the patches that cover a region, without their halo."""
+        return core.align(LATTICE).tiles(self.segmentation.patch)
+
+    def input(self, box: Box) -> np.ndarray:
+        """Return the volume as the network takes it."""
+        return self.volume.network_input(box)
+
+    def ready(self) -> Predicts:
+        """Load the network, with the statistics that were set for the run."""
+        return self.predictor(NormStatistics.from_arrays(self.volume.output.read_work(NORM_STATISTICS)))
+
+    def measure(self, windows: Sequence[Box]) -> NormStatistics:
+        """Measure the norms' statistics over windows of the volume jointly."""
+        batch = np.stack([self.input(window) for window in windows])[:, None]
+        weights = self.weights()
+        with device_slot:
+            return calibrate(weights, batch, device=self.device, threads=self.threads)
+
+    def predictor(self, statistics: NormStatistics) -> Predicts:
         """Load the network onto this worker's device."""
+        assert isinstance(self.settings, WNet3DForeground)
         return Predictor(
             self.weights(),
             norm=self.settings.norm,
@@ -74,14 +108,24 @@ class Network:
             If they are not those that the client saw.
         """
         weights = load_weights(self.weights_source)
-        if weights.sha256 != self.weights_sha256:
+        self.check(weights.sha256)
+        return weights
+
+    def check(self, sha256: str) -> None:
+        """Compare the weights found here with those that the client saw.
+
+        Raises
+        ------
+        InputError
+            If they differ.
+        """
+        if sha256 != self.weights_sha256:
             raise InputError(
                 explain(
                     f"the weights {self.weights_source} differ between the client and a worker",
                     expected=f"SHA-256 {self.weights_sha256}",
-                    found=f"SHA-256 {weights.sha256}",
+                    found=f"SHA-256 {sha256}",
                     cause="another version installed there, or a path that means another file there",
                     remedy="install the same version everywhere, or put the weights on a shared path",
                 )
             )
-        return weights

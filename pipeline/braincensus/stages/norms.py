@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 
 from braincensus.blocks import BlockGrid
-from braincensus.config import WNet3DForeground
-from braincensus.planning import LATTICE
+from braincensus.config import SupervisedForeground, WNet3DForeground
 from braincensus.stages.intensity import IntensityRange, Window
 from braincensus.stages.network import NORM_STATISTICS, Network
 from braincensus.tasks import Context
-from braincensus.worker import device_slot
 from braincensus_kernels.boxes import Box
-from braincensus_kernels.models.calibrate import NormStatistics, calibrate, stored_calibration
+from braincensus_kernels.models.calibrate import NormStatistics, stored_calibration
 
 
 @dataclass(frozen=True)
@@ -46,15 +44,19 @@ def set_norms(
     context: Context, network: Network, intensity: IntensityRange, *, stage: str = "segment"
 ) -> Calibration:
     """Calibrate on one worker, or take what the weights bring; leave the statistics for all of them."""
-    stored = network.settings.calibration == "stored"
-    windows = () if stored else tuple(_choose(intensity, network.settings))
+    settings = network.settings
+    stored = isinstance(settings, WNet3DForeground) and settings.calibration == "stored"
+    windows = () if stored else tuple(_choose(intensity, settings))
     one = BlockGrid((1, 1, 1), (1, 1, 1))
-    ((_, calibration),) = context.map(stage, _calibrate, (network, windows), one, name="calibrate-norms")
+    classes = (Calibration, NormStatistics, Box)
+    ((_, calibration),) = context.map(
+        stage, _calibrate, (network, windows), one, name="calibrate-norms", classes=classes
+    )
     context.output.write_work(NORM_STATISTICS, calibration.statistics.to_arrays())
     return calibration
 
 
-def _choose(intensity: IntensityRange, foreground: WNet3DForeground) -> list[Box]:
+def _choose(intensity: IntensityRange, foreground: WNet3DForeground | SupervisedForeground) -> list[Box]:
     """Choose calibration windows: seeded, among the quarter with most standing out of bright tissue.
 
     Norms calibrated on windows from anywhere would see mostly empty tissue and find cells in it.
@@ -73,19 +75,14 @@ def _choose(intensity: IntensityRange, foreground: WNet3DForeground) -> list[Box
 
 def _calibrate(task: tuple[Network, tuple[Box, ...]], _: int) -> Calibration:
     network, windows = task
-    weights = network.weights()
     if windows:
-        z, y, x = (-(-n // LATTICE) * LATTICE for n in windows[0].shape)
-        batch = [
-            network.volume.network_input(Box(w.start, (w.start[0] + z, w.start[1] + y, w.start[2] + x)))
-            for w in windows
-        ]
-        with device_slot:
-            statistics = calibrate(
-                weights, np.stack(batch)[:, None], device=network.device, threads=network.threads
-            )
+        step = network.extent_step
+        z, y, x = (-(-n // step) * step for n in windows[0].shape)
+        statistics = network.measure(
+            [Box(w.start, (w.start[0] + z, w.start[1] + y, w.start[2] + x)) for w in windows]
+        )
     else:
-        stored = stored_calibration(weights)
+        stored = stored_calibration(network.weights())
         assert stored is not None, "the client has looked"
         statistics = stored
     calibrated = network.settings.norm == "calibrated"

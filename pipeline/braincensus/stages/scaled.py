@@ -18,7 +18,8 @@ from braincensus.volume import Volume
 from braincensus_kernels.background import background_reach_tiles, local_background
 from braincensus_kernels.boxes import Box, Triple
 
-_INPUT_TOP = np.float32(100.0)  # the paper's input range, chosen to suit SoftNCuts' intensity sigma
+WNET3D_TOP = 100.0
+"""The paper's input range, chosen to suit SoftNCuts' intensity sigma."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class ScaledVolume:
         """Return voxels inside the volume in the integer units of the range's scale, as float32."""
         return self.intensity.scale.quantise(self.volume.read(box)).astype(np.float32)
 
-    def network_input(self, box: Box) -> np.ndarray:
-        """Return `box`, which may leave the volume (mirrored there), as float32 in [0, 100]."""
+    def network_input(self, box: Box, *, top: float = WNET3D_TOP) -> np.ndarray:
+        """Return `box`, which may leave the volume (mirrored there), as float32 in [0, `top`]."""
         inside, index = _mirrored_box(box, self.volume.shape)
         low, high = np.float32(self.intensity.low), np.float32(self.intensity.high)
         scaled = self.read(inside)
@@ -48,7 +49,7 @@ class ScaledVolume:
             scaled *= np.float32(self.intensity.median) / np.maximum(self.background(inside), self.floor)
         np.clip(scaled, low, high, out=scaled)
         scaled -= low
-        scaled *= _INPUT_TOP / (high - low)
+        scaled *= np.float32(top) / (high - low)
         return np.ascontiguousarray(scaled[np.ix_(*index)])
 
     def background(self, box: Box) -> np.ndarray:

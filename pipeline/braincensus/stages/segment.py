@@ -1,6 +1,7 @@
 """Stage 2: foreground probability of every voxel, uint16 in the output's root array.
 
-the volume in one range (scaled.py) -> norms set once (norms.py) -> the network, patch by patch (network.py)
+the volume in one range (scaled.py) -> norms set once (norms.py) -> the network, patch by patch (network.py,
+                                                                supervised.py)
                                     -> or contrast to the local background
 """
 
@@ -12,16 +13,18 @@ from typing import Any
 import numpy as np
 
 from braincensus.blocks import BlockGrid
-from braincensus.config import WNet3DForeground
+from braincensus.config import IntensityForeground, SupervisedForeground, WNet3DForeground
 from braincensus.stages.intensity import IntensityRange
 from braincensus.stages.network import Network
 from braincensus.stages.norms import set_norms
 from braincensus.stages.scaled import ScaledVolume
+from braincensus.stages.supervised import SupervisedNetwork
 from braincensus.store import Output, chunk_and_shard
 from braincensus.tasks import Context
 from braincensus_kernels.background import foreground_from_intensity
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.models.checkpoints import Weights
+from braincensus_kernels.models.supervised.networks import SupervisedWeights
 
 PROBABILITY = "0"
 PROBABILITY_TOP = 65535
@@ -52,7 +55,9 @@ class _Segment:
     model: Network | _Contrast
 
 
-def run(context: Context, intensity: IntensityRange, weights: Weights | None) -> dict[str, Any]:
+def run(
+    context: Context, intensity: IntensityRange, weights: Weights | SupervisedWeights | None
+) -> dict[str, Any]:
     """Segment the volume; returns what belongs in the provenance."""
     plan, output = context.plan, context.output
     chunk, shard = chunk_and_shard(plan.segment_grid.block_shape)
@@ -60,7 +65,7 @@ def run(context: Context, intensity: IntensityRange, weights: Weights | None) ->
     about: dict[str, Any] = {"model": plan.config.foreground.model}
     with context.stage("segment", plan.voxels):
         model: Network | _Contrast
-        if isinstance(plan.config.foreground, WNet3DForeground):
+        if not isinstance(plan.config.foreground, IntensityForeground):
             assert weights is not None
             model = network_of(context, intensity, weights)
             about |= _set_norms(context, model, intensity)
@@ -72,19 +77,22 @@ def run(context: Context, intensity: IntensityRange, weights: Weights | None) ->
     return about
 
 
-def network_of(context: Context, intensity: IntensityRange, weights: Weights) -> Network:
+def network_of(context: Context, intensity: IntensityRange, weights: Weights | SupervisedWeights) -> Network:
     """Put together what the workers need of the network."""
-    plan = context.plan
-    assert isinstance(plan.config.foreground, WNet3DForeground)
-    return Network(
-        volume=_scaled(context, intensity),
-        settings=plan.config.foreground,
-        segmentation=plan.segmentation,
-        weights_source=weights.source,
-        weights_sha256=weights.sha256,
-        device=plan.resources.device,
-        threads=plan.resources.threads,
-    )
+    plan, settings = context.plan, context.plan.config.foreground
+    assert isinstance(settings, WNet3DForeground | SupervisedForeground)
+    place: dict[str, Any] = {
+        "volume": _scaled(context, intensity),
+        "settings": settings,
+        "segmentation": plan.segmentation,
+        "weights_source": weights.source,
+        "weights_sha256": weights.sha256,
+        "device": plan.resources.device,
+        "threads": plan.resources.threads,
+    }
+    if isinstance(settings, SupervisedForeground):
+        return SupervisedNetwork(**place, model=settings.model)
+    return Network(**place)
 
 
 def _scaled(context: Context, intensity: IntensityRange) -> ScaledVolume:
@@ -95,22 +103,30 @@ def _scaled(context: Context, intensity: IntensityRange) -> ScaledVolume:
 
 
 def _set_norms(context: Context, network: Network, intensity: IntensityRange) -> dict[str, Any]:
-    calibration = set_norms(context, network, intensity)
-    reach, halo = calibration.reach_voxels, network.segmentation.halo
-    if reach is not None and reach > halo:
-        context.progress.message(
-            f"these weights look {reach} voxels far, foreground.halo_voxels is {halo}: the same for any "
-            "blocks, but not quite what one endless patch would give"
-        )
-    return {
+    halo = network.segmentation.halo
+    about = {
         "norm": network.settings.norm,
         "weights": network.weights_source,
         "weights_sha256": network.weights_sha256,
         "precision": network.segmentation.precision,
         "patch_voxels": list(network.segmentation.patch),
         "halo_voxels": halo,
-        **calibration.summary(),
     }
+    if isinstance(network, SupervisedNetwork) and network.settings.norm == "window":
+        return about | {"reach_voxels": None}
+    calibration = set_norms(context, network, intensity)
+    reach = calibration.reach_voxels
+    if reach is not None and reach > halo:
+        context.progress.message(
+            f"these weights look {reach} voxels far, foreground.halo_voxels is {halo}: the same for any "
+            "blocks, but not quite what one endless patch would give"
+        )
+    if isinstance(network, SupervisedNetwork) and calibration.statistics.foreground_class == 0:
+        context.progress.message(
+            "on the calibration windows the network's foreground is darker than the rest: are these weights "
+            "for such volumes?"
+        )
+    return about | calibration.summary()
 
 
 def _segment_region(spec: _Segment, number: int) -> None:

@@ -115,6 +115,11 @@ class SupervisedWeights:
     """Probability from which a voxel is foreground: chosen in training, or the published one."""
 
     @property
+    def channels(self) -> tuple[int]:
+        """Features at full resolution."""
+        return (self.size,)
+
+    @property
     def parameters(self) -> int:
         """How many numbers are learnt."""
         return sum(value.numel() for value in self.state.values() if value.is_floating_point())

@@ -31,6 +31,7 @@ from braincensus_kernels.models.predict import LATTICE, Norm, cpu_threads, resol
 from braincensus_kernels.models.supervised.networks import (
     EXTENT_STEP,
     TITLES,
+    Kind,
     SupervisedWeights,
 )
 from braincensus_kernels.models.supervised.norms import freeze_norms
@@ -69,6 +70,44 @@ def segresnet_reach() -> int:
 
 
 SEGRESNET_REACH_VOXELS = segresnet_reach()
+
+_ATTENTION_WINDOW = 7
+_ATTENTION_HEADS = 3  # at the finest resolution of attention, half of the image's
+
+
+def projected_supervised_bytes(
+    kind: Kind, size: int, patch: Triple, *, precision: str, at_once: int = 1
+) -> int:
+    """Project the peak memory of a prediction or a calibration, weights included, in bytes.
+
+    Parameters
+    ----------
+    kind, size
+        Of the network.
+    patch
+        What it takes, halo included.
+    precision
+        ``float32`` or ``bfloat16``.
+    at_once
+        Patches that pass through it together: the windows of a calibration, 1 in a prediction.
+
+    Notes
+    -----
+    The factors are measured ones, rounded up. SegResNet holds about six arrays of its features at full
+    resolution. SwinUNETR does, too, but with few features it needs more for its attention: for each
+    voxel of a window and head a bias against all voxels of the window.
+    """
+    voxels = prod(patch) * at_once
+    half = precision == "bfloat16"
+    if kind == "segresnet":
+        parameters = 18_400 * size**2
+        need = voxels * size * (13 if half else 26) * (5 if at_once > 1 else 4) // 4
+    else:
+        parameters = 33_000 * size**2
+        tokens = at_once * prod(-(-n // (2 * _ATTENTION_WINDOW)) * _ATTENTION_WINDOW for n in patch)
+        attention = tokens * _ATTENTION_WINDOW**3 * (_ATTENTION_HEADS + 1) * 4
+        need = max(attention * (7 if half else 5) // 4, voxels * size * 32)
+    return need + voxels * 8 + parameters * 12  # read, built, and copied when norms are frozen
 
 
 def resolve_supervised_precision(precision: str, device: str) -> str:
