@@ -484,6 +484,31 @@ def test_tensorboard_that_is_missing_is_said_before_anything_is_written(
 # --- several processes --------------------------------------------------------------------------------
 
 
+def test_a_group_without_its_others_is_refused(
+    image: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2[^~]*torchrun"):
+        train_wnet3d([volume(image)], tmp_path / "w.safetensors", **OPTIONS)
+
+
+def test_a_copy_elsewhere_is_the_same_volume(image: np.ndarray, tmp_path: Path) -> None:
+    paths = [tmp_path / name / "volume.npy" for name in ("disk", "scratch")]
+    for number, path in enumerate(paths):
+        path.parent.mkdir()
+        np.save(path, image)
+        os.utime(path, (1e9 + number, 1e9 + number))
+    options = {"voxel_size_um": (5.0, 5.0, 5.0), "channel": 0, "level": 0, "picture_every": 0, **OPTIONS}
+
+    def interrupt(done: int, _: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(TrainingInterruptedError):
+        train_from_paths([paths[0]], tmp_path / "w.safetensors", progress=interrupt, **options)
+    assert train_from_paths([paths[1]], tmp_path / "w.safetensors", resume=True, **options).steps == 3
+
+
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(image: np.ndarray, tmp_path: Path) -> None:
     np.save(tmp_path / "volume.npy", image)

@@ -80,7 +80,16 @@ def processes(device: str) -> Iterator[Processes]:
         torch.cuda.set_device(chosen)
     ours = not distributed.is_initialized()
     if ours:
-        distributed.init_process_group("gloo" if chosen == "cpu" else "nccl")
+        try:
+            distributed.init_process_group("gloo" if chosen == "cpu" else "nccl")
+        except (ValueError, RuntimeError) as err:
+            raise ConfigError(
+                explain(
+                    f"WORLD_SIZE is {count}, and the other processes are not there",
+                    found=str(err).splitlines()[0],
+                    remedy="start with torchrun, or unset WORLD_SIZE to train in one process",
+                )
+            ) from err
     try:
         yield Processes(distributed.get_rank(), distributed.get_world_size(), chosen)
     finally:

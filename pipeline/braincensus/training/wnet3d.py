@@ -595,7 +595,16 @@ def _about(recipe: Recipe, sources: Sequence[Source], group: Processes) -> dict[
     return {
         "format": _FORMAT,
         "settings": recipe.to_dict(),
-        "volumes": [{**source.about(), "identity": source.volume.identity} for source in sources],
+        "volumes": [
+            {
+                **source.about(),
+                # A copy elsewhere is the same volume: its range, above, is that of its voxels.
+                "identity": {
+                    k: v for k, v in source.volume.identity.items() if k not in ("path", "mtime_ns")
+                },
+            }
+            for source in sources
+        ],
         "hardware": hardware(group.device, group.count),
     }
 
