@@ -196,22 +196,22 @@ class _Says(nn.Module):
 def test_the_threshold_comes_from_what_is_trained_on_and_the_best_epoch_from_what_is_held_out() -> None:
     image = np.zeros((8, 8, 8), np.float32)
     image[0], image[1], image[2] = 0.32, 0.42, 0.62
-    above = {t: (image, image > t) for t in (0.4, 0.6)}
+    above = {t: (image, image > t) for t in (0.3, 0.4, 0.6)}
     trainer = SupervisedTrainer(_Says(), lambda rng: above[0.4], settings(augmentation=None))
     with pytest.raises(ValueError, match="needs a step"):
         trainer.end_epoch([above[0.4]], [above[0.4]])
     with pytest.raises(ValueError, match="no epoch"):
         trainer.take_best()
     results = []
-    for held_out in (0.6, 0.4, 0.4):
+    for held_out in (0.6, 0.3, 0.6, 0.3):
         trainer.step()
         with torch.no_grad():
             trainer.network.weight.fill_(float(len(trainer.epochs)))  # type: ignore[operator,union-attr]
         results.append(trainer.end_epoch([above[0.4]], [above[held_out]]))
-    assert [r.threshold for r in results] == [0.4, 0.4, 0.4]
-    assert [r.training_dice for r in results] == [1.0, 1.0, 1.0]
-    assert [r.validation_dice for r in results] == [pytest.approx(2 / 3), 1.0, 1.0]
-    assert results[1].chance_dice == pytest.approx(2 * 128 / (512 + 128))
+    assert [r.threshold for r in results] == [0.4] * 4
+    assert [r.training_dice for r in results] == [1.0] * 4
+    assert [r.validation_dice for r in results] == pytest.approx([2 / 3, 4 / 5] * 2)
+    assert results[1].chance_dice == pytest.approx(2 * 192 / (512 + 192))
     assert trainer.best == results[1]
     trainer.take_best()
     assert float(trainer.network.state_dict()["weight"]) == 1.0
