@@ -27,7 +27,12 @@ BlockSize = Annotated[
     str | None, typer.Option("--block-size", metavar=TRIPLE, help="voxels; default: what fits in memory")
 ]
 Foreground = Annotated[
-    str | None, typer.Option(metavar="wnet3d|intensity", help="foreground model", show_default="wnet3d")
+    str | None,
+    typer.Option(
+        metavar="wnet3d|segresnet|swinunetr|intensity",
+        help="foreground model; segresnet and swinunetr learnt from labels, and need --weights",
+        show_default="wnet3d",
+    ),
 ]
 Weights = Annotated[
     str | None,

@@ -240,7 +240,8 @@ def _foreground(plan: Plan) -> str:
     if plan.segmentation.channels is None:
         return "intensity (no network)"
     return (
-        f"wnet3d {'-'.join(str(n) for n in plan.segmentation.channels)}, {plan.segmentation.precision}, "
+        f"{plan.config.foreground.model} {'-'.join(str(n) for n in plan.segmentation.channels)}, "
+        f"{plan.segmentation.precision}, "
         f"patches of {_triple(plan.segmentation.patch)} + halo {plan.segmentation.halo}"
     )
 
