@@ -38,6 +38,7 @@ format: $(VENV)/.installed  ## rewrite the code in the project's style
 
 benchmarks: $(VENV)/.installed  ## every figure of benchmarks/RESULTS.md, on this machine
 	$(BIN)/python benchmarks/segment.py
+	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/label.py
 	$(BIN)/python benchmarks/stitch.py --cells 1e6 1e7 --no-dask-image
 	$(BIN)/python benchmarks/memory.py

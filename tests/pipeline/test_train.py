@@ -221,7 +221,7 @@ def test_the_calibration_is_in_the_weights_and_predicts(trained: tuple[TrainingR
         weights.metadata["calibration_of"],
         "No warnings",
         f"torch {torch.__version__}",
-        "1 threads",
+        "threads: 1",
     ):
         assert text in card
 

@@ -112,7 +112,7 @@ def _tenth(history: Sequence[TrainingStep], which: int) -> tuple[float, float, f
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
-    threads = f", {machine['threads']} threads" if machine["threads"] is not None else ""
+    threads = f", threads: {machine['threads']}" if machine["threads"] is not None else ""
     processes = f"{machine['processes']} processes, each " if machine["processes"] > 1 else ""
     return f"{processes}{machine['device']}{threads}; torch {machine['torch']}."
 
