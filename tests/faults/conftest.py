@@ -54,8 +54,8 @@ def brain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(brain: Path) -> Path:
-    """The census of a run to which nothing happened."""
-    output = brain.with_name("undisturbed.zarr")
+    """The census of a run to which nothing happened. Its name is in its metadata: all are called out.zarr."""
+    output = brain.parent / "undisturbed" / "out.zarr"
     run(brain, output, config=RunConfig().merged(configuration()))
     return output
 

@@ -46,7 +46,7 @@ def go_on(brain: Path, output: Path, **changes: Any) -> Told:
 
 @pytest.fixture
 def copy(undisturbed: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(undisturbed, tmp_path / "copy.zarr"))
+    return Path(shutil.copytree(undisturbed, tmp_path / "out.zarr"))
 
 
 @pytest.mark.parametrize(
@@ -121,14 +121,12 @@ def test_a_finished_run_is_not_run_again(brain: Path, copy: Path) -> None:
 
 def test_another_spot_sigma_repeats_label_onward_only(brain: Path, copy: Path, tmp_path: Path) -> None:
     changed = {"spot_sigma": 1.2}
-    run(brain, tmp_path / "anew.zarr", config=RunConfig().merged(configuration(labelling=changed)))
+    run(brain, tmp_path / "anew" / "out.zarr", config=RunConfig().merged(configuration(labelling=changed)))
     told = go_on(brain, copy, labelling=changed)
-    assert "done blocks of intensity, segment, threshold are kept" in told.said[-4] + told.said[0] + "".join(
-        told.said
-    )
+    assert any("done blocks of intensity, segment, threshold are kept" in text for text in told.said)
     assert any("spot_sigma: [0.65, 0.65, 0.65] -> [1.2, 1.2, 1.2]" in text for text in told.said)
     assert (told.kept("segment"), told.kept("threshold"), told.kept("label")) == (1, 27, 0)
-    assert result_bytes(copy) == result_bytes(tmp_path / "anew.zarr")
+    assert result_bytes(copy) == result_bytes(tmp_path / "anew" / "out.zarr")
 
 
 @pytest.mark.parametrize(
@@ -147,8 +145,8 @@ def test_a_changed_setting_redoes_what_depends_on_it(
 ) -> None:
     told = go_on(brain, copy, **changes)
     assert any(f"done blocks of {', '.join(kept)} are kept" in text for text in told.said), told.said
-    run(brain, tmp_path / "anew.zarr", config=RunConfig().merged(configuration(**changes)))
-    assert result_bytes(copy) == result_bytes(tmp_path / "anew.zarr")
+    run(brain, tmp_path / "anew" / "out.zarr", config=RunConfig().merged(configuration(**changes)))
+    assert result_bytes(copy) == result_bytes(tmp_path / "anew" / "out.zarr")
 
 
 def test_another_input_is_refused(brain: Path, copy: Path, tmp_path: Path) -> None:
