@@ -34,6 +34,7 @@ from braincensus.training.supervised import (
 )
 from braincensus.volume import Volume, open_volume
 from braincensus_kernels.boxes import Box
+from braincensus_kernels.metrics import match_centroids
 from braincensus_kernels.models.supervised.networks import load_supervised
 from braincensus_kernels.models.supervised.training import SupervisedTrainer
 from braincensus_kernels.phantom import Phantom
@@ -354,6 +355,38 @@ def test_a_volume_that_is_not_what_the_census_counted_is_refused(census: Path, t
     assert pair_of_census(census).volume.shape == SHAPE
     with pytest.raises(OutputError):
         pair_of_census(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_from_a_census_to_a_network_that_counts_another_volume_about_as_well(tmp_path: Path) -> None:
+    shape = (64, 72, 80)
+    known = [Phantom(shape=shape, cells_per_mm3=4000.0, tissue="full", seed=seed) for seed in (1, 2)]
+    for name, each in zip(("taught.npy", "asked.npy"), known, strict=True):
+        np.save(tmp_path / name, each.render(Box.whole(shape)))
+    base = RunConfig().merged({"input": {"voxel_size_um": known[0].voxel_size_um}})
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+    ):
+        run(tmp_path / "taught.npy", tmp_path / "taught.zarr", config=base, client=client)  # WNet3D
+        trained = train_supervised(
+            [pair_of_census(tmp_path / "taught.zarr")],
+            tmp_path / "w.safetensors",
+            **{**OPTIONS, "epochs": 4, "steps_per_epoch": 20, "batch": 2},
+        )
+        changes = {"foreground": {"model": "segresnet", "weights": str(trained.weights)}}
+        student = run(tmp_path / "asked.npy", tmp_path / "s.zarr", config=base.merged(changes), client=client)
+        teacher = run(tmp_path / "asked.npy", tmp_path / "t.zarr", config=base, client=client)
+    truth = known[1].cells()
+    true_um = np.stack([truth[a] * s for a, s in zip("zyx", known[1].voxel_size_um, strict=True)], axis=1)
+    f1 = [
+        match_centroids(r.cells.to_pandas()[["z_um", "y_um", "x_um"]].to_numpy(), true_um, 10.0).f1
+        for r in (student, teacher)
+    ]
+    assert trained.best.validation_dice > 0.6
+    assert f1[0] > 0.85
+    assert f1[0] > f1[1] - 0.06
 
 
 # --- the command line --------------------------------------------------------------------------------

@@ -111,8 +111,8 @@ def write_card(path: Path, told: Told) -> None:
         "",
         f"- SHA-256 `{told.sha256}`",
         f"- Input: [0, 1], percentile {low_high[0]:g} to {low_high[1]:g} of each volume's tissue.",
-        f"- Threshold: {best.threshold:g}, the best of a grid of 0.05 on crops that were trained on. "
-        "It is in the file.",
+        f"- Threshold: {best.threshold:g}, the best of a grid on crops that were trained on; "
+        "it is in the file.",
         f"- Dice at that threshold: {best.training_dice:.3f} on crops that were trained on, "
         f"**{best.validation_dice:.3f}** on",
         f"  crops held out. Calling every voxel a cell has {best.chance_dice:.3f}.",

@@ -28,7 +28,7 @@ from braincensus_kernels.models.supervised.losses import LossName, loss
 from braincensus_kernels.models.training import arithmetic, dropout_of, learning_rate_factor
 from braincensus_kernels.models.training_signs import TrainingError
 
-THRESHOLDS: tuple[float, ...] = tuple(round(0.05 * k, 2) for k in range(1, 20))
+THRESHOLDS: tuple[float, ...] = (0.01, 0.025, *(round(0.05 * k, 2) for k in range(1, 20)), 0.975, 0.99)
 """Probabilities among which the best one is chosen."""
 
 LabelledCrop = tuple[NDArray[np.float32], NDArray[np.bool_]]
