@@ -10,7 +10,7 @@ Three grids, because three things decide them:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from braincensus.blocks import BlockGrid
@@ -144,9 +144,15 @@ class Plan:
         if stage == "segment":
             fewer = isinstance(self.config.foreground, SupervisedForeground)
             windows = "fewer foreground.calibration_windows, " if fewer else ""
+            side = self._largest_patch()
+            smaller = (
+                f"foreground.patch_voxels: [{side}, {side}, {side}], the largest cube that fits"
+                if side
+                else "a smaller foreground.patch_voxels"
+            )
             return (
-                f"a smaller foreground.patch_voxels in the configuration, {windows}fewer --workers, or more "
-                "memory"
+                f"{smaller} (it is part of the result, so it is never chosen by free memory), {windows}"
+                "fewer --workers, or more memory"
             )
         fits = [
             side
@@ -158,6 +164,19 @@ class Plan:
         if not fits:
             return "fewer threads per worker, a smaller max_radius_um or closing_radius_um, or more memory"
         return f"--block-size {fits[0]},{fits[0]},{fits[0]} fits"
+
+    def _largest_patch(self) -> int | None:
+        """Side of the largest cubic patch that fits a worker; None if none does, or the shape is not free."""
+        foreground = self.config.foreground
+        if isinstance(foreground, SwinUNETRForeground | IntensityForeground) or foreground.norm == "window":
+            return None
+        for side in range(max(self.segmentation.patch) - LATTICE, 0, -LATTICE):
+            segmentation = replace(self.segmentation, patch=(side, side, side))
+            grid = _segment_grid(segmentation, self.volume.shape)
+            smaller = replace(self, segmentation=segmentation, segment_grid=grid)
+            if _memory(smaller)["segment"] <= self.resources.memory_bytes:
+                return side
+        return None
 
     def _with_block(self, side: int) -> BlockGrid:
         return BlockGrid(self.volume.shape, _bounded(side, self.volume.shape), self.label_grid.halo)
@@ -288,7 +307,8 @@ def _network_bytes(plan: Plan) -> int:
     assert channels is not None
     foreground, precision = plan.config.foreground, plan.segmentation.precision
     if not isinstance(foreground, SegResNetForeground | SwinUNETRForeground):
-        return projected_bytes(patch, halo, channels, precision)
+        threads = plan.resources.threads
+        return projected_bytes(patch, halo, channels, precision, threads=threads)
     kind, size = foreground.model, channels[0]
     z, y, x = (n + 2 * halo for n in patch)
     need = projected_supervised_bytes(kind, size, (z, y, x), precision=precision)

@@ -76,6 +76,19 @@ def test_a_patch_off_the_lattice_is_refused():
         planned((200, 200, 200), {"foreground": {"model": "wnet3d", "patch_voxels": (128, 100, 128)}})
 
 
+def test_a_patch_that_cannot_fit_is_refused_with_the_largest_that_does():
+    def with_patch(side):
+        changes = {"foreground": {"model": "wnet3d", "patch_voxels": side}}
+        return planned((2000, 2000, 2000), changes, gib=4, channels=(64, 128, 256, 512))
+
+    with pytest.raises(PlanError, match=r"patch_voxels: \[(\d+), \1, \1\], the largest") as caught:
+        with_patch(192).check()
+    side = int(str(caught.value).split("patch_voxels: [")[1].split(",")[0])
+    with_patch(side).check()
+    with pytest.raises(PlanError, match=rf"\[{side}, "):
+        with_patch(side + 8).check()
+
+
 def test_a_terabyte_plans_at_once_and_stays_within_the_graph_budget():
     plan = planned((8000, 8000, 8000), gib=16)
     assert len(plan.segment_grid) <= 100_000

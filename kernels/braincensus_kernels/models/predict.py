@@ -154,6 +154,12 @@ class Predictor:
 
     Notes
     -----
+    Against the plain network with the same frozen norms, in float32, at a halo of 48 (all tested):
+
+    - folded, cropped, levels left out: 1e-5;
+    - with the convolutions of `winograd.py` (float32 on a CPU, 32 to 256 channels): 1e-5, too;
+    - bfloat16: 0.1 (0.02 with random weights of full size, 0.05 with the shipped ones).
+
     One prediction at a time in a process: the number of threads is torch's, and shared.
     Source: the architecture and inference of CellSeg3D's WNet3D; freezing, folding and cropping are ours.
 
@@ -392,7 +398,7 @@ def _plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
             return y.permute(0, 4, 1, 2, 3)
         if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             return torch.mkldnn_convolution(x, weight, bias, (0, 0, 0), (1, 1, 1), (1, 1, 1), 1)
-    return functional.conv3d(x, weight, bias)
+    return functional.conv3d(x, weight, bias).contiguous(memory_format=torch.channels_last_3d)
 
 
 def _down(block: tuple[Convolution, ...], x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ processor can multiply, so only fewer multiplications make it faster. Along y an
 The sums on the way in and out are linear and known (Lavin and Gray 2016; points 0, 1, -1, 2, -2, infinity).
 In exact arithmetic nothing changes. In float32 the rounding error is about 3 times that of a direct
 convolution (2e-5 against 7e-6 on outputs of 1), 100 times less than bfloat16's. Weights are transformed in
-float64.
+float64. A voxel's rounding depends on its place in its tile, and tiles begin where the patch does.
 
 The products are torch's batched matrix product, the sums compiled loops over 16 channels at a time. Some
 tiles of `_PLANES` planes are transformed at a time, so that they stay in the processor's caches; threads take

@@ -22,6 +22,7 @@ from braincensus_kernels.boxes import Box
 from braincensus_kernels.models.calibrate import NormStatistics, calibrate
 from braincensus_kernels.models.checkpoints import Weights, load_weights
 from braincensus_kernels.models.predict import Predictor
+from braincensus_kernels.models.stream import predict_ahead
 
 NORM_STATISTICS = "norm_statistics"
 """Working file of the output in which the workers find the norms' statistics."""
@@ -36,6 +37,13 @@ class Predicts(Protocol):
 
     def predict(self, patch: np.ndarray) -> np.ndarray:
         """Return the foreground probability of a patch without its halo."""
+
+
+def _predict_all(predictor: Predicts, inputs: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Predict patch after patch; the next is read meanwhile, and the device is held only while it works."""
+    if isinstance(predictor, Predictor):
+        return predictor.predict_all(inputs, slot=device_slot)
+    return predict_ahead(predictor.predict, inputs, slot=device_slot)
 
 
 @dataclass(frozen=True)
@@ -54,10 +62,9 @@ class Network:
         """Return the foreground probability of a region, float32 in [0, 1]."""
         predictor = keep("predictor", self.volume.output.token, self.ready)
         probability = np.empty(core.shape, dtype=np.float32)
-        for patch in self.patches(core):
-            scaled = self.input(patch.dilate(self.segmentation.halo))
-            with device_slot:
-                predicted = predictor.predict(scaled)
+        patches = list(self.patches(core))
+        inputs = (self.input(patch.dilate(self.segmentation.halo)) for patch in patches)
+        for patch, predicted in zip(patches, _predict_all(predictor, inputs), strict=True):
             inside = patch.intersect(core)
             probability[inside.slices_in(core)] = predicted[inside.slices_in(patch)]
         return probability
