@@ -110,7 +110,8 @@ def test_a_small_swinunetr_learns() -> None:
     whole = Box.whole((64, 64, 32))  # its coarsest level, of 1/32, must have two voxels to be normalised
     known = Phantom(shape=whole.shape, cells_per_mm3=20_000.0, tissue="full", seed=1)
     image, cells = known.render(whole).astype(np.float32), known.truth_labels(whole) > 0
-    image = np.clip((image - np.percentile(image, 1)) / np.ptp(np.percentile(image, [1, 99])), 0, 1)
+    low, high = np.percentile(image, [1, 99])
+    image = np.clip((image - low) / (high - low), 0, 1).astype(np.float32)
     trained_on, held_out = ((image[:, half], cells[:, half]) for half in (slice(32), slice(32, 64)))
     torch.manual_seed(0)
     trainer = SupervisedTrainer(
