@@ -93,6 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--real", type=Path, help="a TIFF volume that fits in memory")
     parser.add_argument("--save", type=Path, help="folder of the networks trained here")
     parser.add_argument("--parts", nargs="*", default=["halo", "moves", "empty"])
+    parser.add_argument("--weights", nargs="*", default=[], help="files of more networks to measure")
     parser.add_argument("--compact-steps", type=int, default=120)
     parser.add_argument("--full-steps", type=int, default=30, help="0: without the full-size network")
     parser.add_argument("--move-full-size", action="store_true", help="minutes more")
@@ -152,6 +153,10 @@ def networks(arguments: argparse.Namespace, volumes: list[Volume]) -> Iterator[N
     whole: Triple = (128, 88, 96)
     compact = (16, 32, 64)
     yield Network("compact, shipped", load_weights("compact"), whole, compact, 3)
+    for path in arguments.weights:
+        more = load_weights(path)
+        small = more.channels[0] <= COMPACT_CHANNELS[0]
+        yield Network(Path(path).stem, more, *((whole, compact, 3) if small else ((32, 32, 32), (16,), 2, 1)))
     trained = trained_briefly(COMPACT_CHANNELS, arguments.compact_steps, 32, 1, 2e-3, volumes, arguments.save)
     yield Network(f"compact, {arguments.compact_steps} steps without decay", trained, whole, compact, 3)
     torch.manual_seed(0)
