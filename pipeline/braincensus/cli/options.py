@@ -10,6 +10,10 @@ import typer
 
 from braincensus.cli.common import TRIPLE, read_range, read_threshold, read_triple, read_whole
 
+_INPUT, _FOREGROUND = "Input", "Foreground"
+_LABELLING, _FILTERS = "Telling cells apart", "Which cells are kept"
+_COMPUTE = "Where and how"
+
 Input = Annotated[
     str, typer.Argument(metavar="INPUT", help="OME-Zarr, TIFF, folder of planes, or .npy", show_default=False)
 ]
@@ -17,14 +21,27 @@ Output = Annotated[Path, typer.Argument(metavar="OUTPUT", help="the OME-Zarr to 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML; `braincensus config` prints one")
 ]
-Channel = Annotated[int | None, typer.Option(help="channel, from 0", show_default="0")]
-Timepoint = Annotated[int | None, typer.Option(help="time point, from 0", show_default="0")]
-Level = Annotated[int | None, typer.Option(help="pyramid level, 0 is full resolution", show_default="0")]
+Channel = Annotated[
+    int | None, typer.Option(help="channel, from 0", show_default="0", rich_help_panel=_INPUT)
+]
+Timepoint = Annotated[
+    int | None, typer.Option(help="time point, from 0", show_default="0", rich_help_panel=_INPUT)
+]
+Level = Annotated[
+    int | None,
+    typer.Option(help="pyramid level, 0 is full resolution", show_default="0", rich_help_panel=_INPUT),
+]
 VoxelSize = Annotated[
-    str | None, typer.Option("--voxel-size", metavar=TRIPLE, help="um; needed where the metadata has none")
+    str | None,
+    typer.Option(
+        "--voxel-size", metavar=TRIPLE, help="um; needed where the metadata has none", rich_help_panel=_INPUT
+    ),
 ]
 BlockSize = Annotated[
-    str | None, typer.Option("--block-size", metavar=TRIPLE, help="voxels; default: what fits in memory")
+    str | None,
+    typer.Option(
+        "--block-size", metavar=TRIPLE, help="voxels; default: what fits in memory", rich_help_panel=_COMPUTE
+    ),
 ]
 Foreground = Annotated[
     str | None,
@@ -32,12 +49,16 @@ Foreground = Annotated[
         metavar="wnet3d|segresnet|swinunetr|intensity",
         help="foreground model; segresnet and swinunetr learnt from labels, and need --weights",
         show_default="wnet3d",
+        rich_help_panel=_FOREGROUND,
     ),
 ]
 Weights = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME|FILE", help="weights of the network; `weights list` shows names", show_default="compact"
+        metavar="NAME|FILE",
+        help="weights of the network; `weights list` shows names",
+        show_default="compact",
+        rich_help_panel=_FOREGROUND,
     ),
 ]
 Calibration = Annotated[
@@ -46,6 +67,7 @@ Calibration = Annotated[
         metavar="volume|stored",
         help="norms of the network: measured on this volume, or those stored with the weights",
         show_default="volume",
+        rich_help_panel=_FOREGROUND,
     ),
 ]
 Method = Annotated[
@@ -54,17 +76,31 @@ Method = Annotated[
         metavar="voronoi-otsu|components|watershed",
         help="how cells are told apart",
         show_default="voronoi-otsu",
+        rich_help_panel=_LABELLING,
     ),
 ]
 SpotSigma = Annotated[
-    str | None, typer.Option(metavar="S|Z,Y,X", help="blur before seeds; larger: fewer cells")
+    str | None,
+    typer.Option(
+        metavar="S|Z,Y,X", help="blur before seeds; larger: fewer cells", rich_help_panel=_LABELLING
+    ),
 ]
-OutlineSigma = Annotated[str | None, typer.Option(metavar="S|Z,Y,X", help="blur before the outline")]
+OutlineSigma = Annotated[
+    str | None, typer.Option(metavar="S|Z,Y,X", help="blur before the outline", rich_help_panel=_LABELLING)
+]
 ForegroundThreshold = Annotated[
-    float | None, typer.Option(metavar="P", help="probability below this counts as 0 (the paper: 0.6, 0.65)")
+    float | None,
+    typer.Option(
+        metavar="P",
+        help="probability below this counts as 0 (the paper: 0.6, 0.65)",
+        rich_help_panel=_FOREGROUND,
+    ),
 ]
 Threshold = Annotated[
-    str | None, typer.Option(metavar="otsu|FLOAT", help="outline threshold", show_default="otsu")
+    str | None,
+    typer.Option(
+        metavar="otsu|FLOAT", help="outline threshold", show_default="otsu", rich_help_panel=_LABELLING
+    ),
 ]
 Seeds = Annotated[
     str | None,
@@ -72,45 +108,76 @@ Seeds = Annotated[
         metavar="RULE",
         help="voronoi-otsu: plateau or strict; watershed: threshold or distance",
         show_default="plateau; threshold",
+        rich_help_panel=_LABELLING,
     ),
 ]
 SeedThreshold = Annotated[
-    float | None, typer.Option(metavar="P", help="watershed: seeds are above it", show_default="0.9")
+    float | None,
+    typer.Option(
+        metavar="P", help="watershed: seeds are above it", show_default="0.9", rich_help_panel=_LABELLING
+    ),
 ]
 MaxRadius = Annotated[
     float | None,
-    typer.Option(metavar="UM", help="how far cells reach from their seed; sets the halo", show_default="50"),
+    typer.Option(
+        metavar="UM",
+        help="how far cells reach from their seed; sets the halo",
+        show_default="50",
+        rich_help_panel=_LABELLING,
+    ),
 ]
 ClosingRadius = Annotated[
-    float | None, typer.Option(metavar="UM", help="close small holes of the foreground first, by a ball")
+    float | None,
+    typer.Option(
+        metavar="UM", help="close small holes of the foreground first, by a ball", rich_help_panel=_FOREGROUND
+    ),
 ]
 MergeBorder = Annotated[
     str | None,
     typer.Option(
         metavar="LOW,HIGH",
         help="merge touching cells whose border's mean probability is in this range (the paper: 0.35,1)",
+        rich_help_panel=_LABELLING,
     ),
 ]
-MinVolume = Annotated[float | None, typer.Option(metavar="UM3", help="remove smaller cells")]
-MaxVolume = Annotated[float | None, typer.Option(metavar="UM3", help="remove larger cells")]
+MinVolume = Annotated[
+    float | None, typer.Option(metavar="UM3", help="remove smaller cells", rich_help_panel=_FILTERS)
+]
+MaxVolume = Annotated[
+    float | None, typer.Option(metavar="UM3", help="remove larger cells", rich_help_panel=_FILTERS)
+]
 MaxObjectVolume = Annotated[
     float | None,
-    typer.Option(metavar="UM3", help="remove artefacts: objects of touching cells that are larger"),
+    typer.Option(
+        metavar="UM3",
+        help="remove artefacts: objects of touching cells that are larger",
+        rich_help_panel=_FILTERS,
+    ),
 ]
 MinSphericity = Annotated[
-    float | None, typer.Option(metavar="S", help="remove less round cells; a ball has 1")
+    float | None,
+    typer.Option(metavar="S", help="remove less round cells; a ball has 1", rich_help_panel=_FILTERS),
 ]
 MinIntensity = Annotated[
-    float | None, typer.Option(metavar="I", help="remove cells with a lower mean intensity")
+    float | None,
+    typer.Option(metavar="I", help="remove cells with a lower mean intensity", rich_help_panel=_FILTERS),
 ]
 MaxIntensity = Annotated[
-    float | None, typer.Option(metavar="I", help="remove cells with a higher mean intensity")
+    float | None,
+    typer.Option(metavar="I", help="remove cells with a higher mean intensity", rich_help_panel=_FILTERS),
 ]
-Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", show_default="auto")]
+Device = Annotated[
+    str | None, typer.Option(metavar="auto|cpu|cuda", show_default="auto", rich_help_panel=_COMPUTE)
+]
 Cluster = Annotated[
-    str | None, typer.Option(metavar="local|ADDRESS", help="Dask scheduler to use", show_default="local")
+    str | None,
+    typer.Option(
+        metavar="local|ADDRESS", help="Dask scheduler to use", show_default="local", rich_help_panel=_COMPUTE
+    ),
 ]
-Workers = Annotated[int | None, typer.Option(help="worker processes of a local cluster")]
+Workers = Annotated[
+    int | None, typer.Option(help="worker processes of a local cluster", rich_help_panel=_COMPUTE)
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier output of braincensus")]
 Fresh = Annotated[
     bool,
