@@ -30,12 +30,12 @@ from braincensus_kernels.models.wnet3d import WNet3D
 from braincensus_kernels.phantom import Phantom
 
 VOXEL_SIZE_UM = (5.0, 5.26, 5.26)
-SHAPE = (40, 48, 56)
+SHAPE = (32, 48, 56)
 SIZE: dict[Kind, int] = {"segresnet": 8, "swinunetr": 12}
 # Not the defaults, so that there are several patches in each direction, the last of them beyond the border.
 SMALL: dict[Kind, dict[str, Any]] = {
-    "segresnet": {"patch_voxels": 32, "halo_voxels": 8},
-    "swinunetr": {"patch_voxels": 16, "halo_voxels": 8},
+    "segresnet": {"patch_voxels": 32, "halo_voxels": 8, "calibration_windows": 1},
+    "swinunetr": {"patch_voxels": (16, 48, 48), "halo_voxels": 8, "calibration_windows": 1},
 }
 
 
@@ -174,7 +174,7 @@ def test_without_weights_the_error_says_how_to_get_some(image: np.ndarray) -> No
     )
     with pytest.raises(ConfigError) as caught:
         plan(image, config=config)
-    for said in ("train-supervised", "--model swinunetr", "weights fetch cellseg3d-swinunetr", "--weights"):
+    for said in ("train-supervised", "--network swinunetr", "weights fetch cellseg3d-swinunetr", "--weights"):
         assert said in str(caught.value)
 
 

@@ -35,8 +35,9 @@ def load_for(foreground: SupervisedForeground) -> SupervisedWeights:
                 f"the foreground model {kind} needs weights, and none are shipped",
                 expected="--weights FILE or NAME (foreground.weights in the configuration)",
                 found="none",
-                remedy=f"train it, `braincensus train-supervised INPUT --labels LABELS --model {kind} --out "
-                f"my.safetensors`, then --weights my.safetensors{fetch if published in REGISTRY else ''}",
+                remedy=f"train it, `braincensus train-supervised INPUT --labels LABELS --network {kind} "
+                "--out my.safetensors`, then --weights my.safetensors"
+                + (fetch if published in REGISTRY else ""),
             )
         )
     found = find_weights(foreground.weights)

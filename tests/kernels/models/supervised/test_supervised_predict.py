@@ -1,5 +1,8 @@
 """Frozen norms, reach and locality of the supervised networks, against evaluations written apart."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +16,7 @@ from braincensus_kernels.models.supervised.norms import calibrate_norms, freeze_
 from braincensus_kernels.models.supervised.predict import (
     SEGRESNET_REACH_VOXELS,
     SupervisedPredictor,
+    projected_supervised_bytes,
     resolve_supervised_precision,
 )
 
@@ -254,3 +258,51 @@ def test_calibration_refuses(segresnet: SupervisedWeights, swinunetr: Supervised
             calibrate_norms(segresnet, windows)
     with pytest.raises(ValueError, match="multiples of 32"):
         calibrate_norms(swinunetr, good[..., :24].copy())
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import numpy as np
+from braincensus_kernels.models.supervised.networks import SupervisedWeights, build_network
+from braincensus_kernels.models.supervised.norms import calibrate_norms
+from braincensus_kernels.models.supervised.predict import SupervisedPredictor
+kind, size, side, windows = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+state = {k: v for k, v in build_network(kind, size=size).state_dict().items() if not k.startswith("vae_")}
+weights = SupervisedWeights(state, kind, size, {}, "", "random", (1.0, 99.0), 0.5)
+def work(side, windows):
+    images = np.zeros((windows, 1, side, side, side), np.float32)
+    images[..., 0] = 1
+    if windows > 1:
+        calibrate_norms(weights, images, threads=1)
+    else:
+        ready = SupervisedPredictor(weights, norm="window", statistics=None, halo_voxels=8, threads=1)
+        ready.predict(images[0, 0])
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+work(64 if kind == "swinunetr" else 32, windows)
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+before = peak()
+work(side, windows)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize(
+    ("kind", "side", "windows"),
+    [
+        ("segresnet", 112, 1),
+        ("segresnet", 64, 4),
+        pytest.param("swinunetr", 96, 1, marks=pytest.mark.slow),
+        pytest.param("swinunetr", 64, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_projected_memory_covers_the_measured_peak(kind: Kind, side: int, windows: int) -> None:
+    command = [sys.executable, "-c", MEASURE, kind, str(SIZE[kind]), str(side), str(windows)]
+    measured = int(subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout)
+    projected = projected_supervised_bytes(
+        kind, SIZE[kind], (side,) * 3, precision="float32", at_once=windows
+    )
+    assert measured <= projected <= 3 * measured
