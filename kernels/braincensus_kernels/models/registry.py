@@ -17,7 +17,7 @@ COMPACT = "compact"
 """Name of the weights shipped in the package."""
 
 WNET3D = "wnet3d"
-"""The architecture that braincensus itself runs."""
+"""The architecture that learns without labels."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class NamedWeights:
     name: str
     title: str
     architecture: str
-    """``wnet3d`` runs here; others are listed so that a comparison can find them."""
+    """``wnet3d`` is read by `checkpoints.py`, the others by `supervised.networks`."""
     expected_input: str
     licence: str
     citation: str
@@ -54,11 +54,6 @@ class NamedWeights:
             raise ValueError(f"{self.name}: weights are either bundled or published")
         if self.published is not None and not all(u.startswith("https://") for u in self.published.urls):
             raise ValueError(f"{self.name}: only https, got {self.published.urls}")
-
-    @property
-    def runs_here(self) -> bool:
-        """Whether `load_weights` understands them."""
-        return self.architecture == WNET3D
 
 
 _CELLSEG3D = "https://huggingface.co/C-Achard/cellseg3d"

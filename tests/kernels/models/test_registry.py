@@ -41,10 +41,6 @@ def test_a_published_name_is_no_file_of_the_package() -> None:
         load_weights("cellseg3d-wnet3d")
 
 
-def test_only_wnet3d_runs_here() -> None:
-    assert {name for name, entry in REGISTRY.items() if entry.runs_here} == {COMPACT, "cellseg3d-wnet3d"}
-
-
 def test_contradictions_are_refused() -> None:
     facts = {"title": "t", "architecture": "wnet3d", "expected_input": "i", "licence": "MIT", "citation": "c"}
     with pytest.raises(ValueError, match="either bundled or published"):

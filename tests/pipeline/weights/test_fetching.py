@@ -19,6 +19,7 @@ from braincensus.weights.fetching import cached, fetch
 from braincensus.weights.files import find_weights, read_weights
 from braincensus_kernels.models.checkpoints import Checkpoint
 from braincensus_kernels.models.registry import REGISTRY
+from braincensus_kernels.models.supervised.networks import SupervisedWeights, build_network
 from braincensus_kernels.models.wnet3d import WNet3D
 
 NAME = "cellseg3d-wnet3d"
@@ -110,6 +111,19 @@ def test_fetched_once_checked_and_found_by_name(home: tuple[Home, str]) -> None:
     assert all(torch.equal(value, state()[key]) for key, value in loaded.state.items())
     assert loaded.weights.metadata["licence"] == REGISTRY[NAME].licence
     assert loaded.weights.metadata["fetched_from"] == url
+
+
+def test_a_supervised_network_is_fetched_and_checked_too(home: tuple[Home, str]) -> None:
+    server, url = home
+    out = io.BytesIO()
+    published = build_network("segresnet").state_dict()
+    torch.save(published, out)
+    server.body = tar_gz({"SegResNet_latest.pth": out.getvalue()})
+    fetch("cellseg3d-segresnet", mirror=url)
+    loaded = read_weights("cellseg3d-segresnet")
+    assert isinstance(loaded, SupervisedWeights)
+    assert (loaded.kind, loaded.threshold, loaded.input_percentiles) == ("segresnet", 0.3, (1.0, 99.0))
+    assert all(torch.equal(value, published[key]) for key, value in loaded.state.items())
 
 
 def test_the_first_checksum_binds_later_downloads(home: tuple[Home, str]) -> None:
