@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from braincensus_kernels.models.calibrate import stored_calibration
 from braincensus_kernels.models.checkpoints import load_checkpoint, load_weights, save_weights
 from braincensus_kernels.models.wnet3d import WNet3D
 
@@ -64,6 +65,9 @@ def test_the_shipped_weights() -> None:
     assert weights.source == "compact"
     assert len(weights.sha256) == 64
     assert sum(v.numel() for v in weights.encoder.values()) < 1_600_000
+    stored = stored_calibration(weights)
+    assert stored is not None
+    assert (stored.foreground_class, stored.windows) == (0, 34)
 
 
 def test_lists_what_is_missing_unexpected_and_misshaped(
