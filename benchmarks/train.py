@@ -191,8 +191,16 @@ def memory(step: Step, device: str) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     before = psutil.Process().memory_info().rss
     step(), step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return (peak - before) / 2**20
+    return (_peak() - before) / 2**20
+
+
+def _peak() -> int:
+    """Return this process's peak of resident memory, bytes; `getrusage` would give its parent's on Linux."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measured_apart(network: str, way: str, side: int, arguments: argparse.Namespace) -> float:
