@@ -106,9 +106,7 @@ def test_begun_output_is_marked_incomplete_and_is_no_image(tmp_path):
     output = create_output(tmp_path / "a" / "b" / "out.zarr", overwrite=False, voxel_size_um=VOXEL_UM)
     assert output.status == "incomplete"
     assert set(root_attributes(output.path)) == {"braincensus"}
-    with pytest.raises(
-        OutputError, match=r"has not finished[\s\S]*recorded nothing so far[\s\S]*run again"
-    ):
+    with pytest.raises(OutputError, match=r"has not finished[\s\S]*recorded nothing so far[\s\S]*run again"):
         open_output(output.path)
     again = open_output(output.path, allow_incomplete=True)
     assert again == output == pickle.loads(pickle.dumps(output))
@@ -257,9 +255,7 @@ def test_finished_and_unfinished_outputs_are_kept_unless_asked(finished, tmp_pat
     assert contents(finished.path) == before
     begun = create_output(tmp_path / "begun.zarr", overwrite=False, voxel_size_um=VOXEL_UM)
     begun.update_provenance({"intensity": {}})
-    with pytest.raises(
-        OutputError, match=r"is an unfinished output[\s\S]*recorded intensity[\s\S]*--fresh"
-    ):
+    with pytest.raises(OutputError, match=r"is an unfinished output[\s\S]*recorded intensity[\s\S]*--fresh"):
         create_output(begun.path, overwrite=False, voxel_size_um=VOXEL_UM)
     assert begun.provenance["intensity"] == {}
 
