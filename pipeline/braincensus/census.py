@@ -135,7 +135,7 @@ def run(
                 )
             else:
                 progress.message(how.report())
-                store = reopen_output(earlier)
+                store = reopen_output(earlier, voxel_size_um=volume.voxel_size_um)
                 manifest.discard(store, how.redone)
             store.update_provenance({"manifest": {"settings": how.settings}})
             context = Context(plan, store, connected, progress, keys=how.keys, guard=lock.check)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from distributed import Client, LocalCluster
 
 from braincensus import RunConfig, run
 from braincensus_kernels.boxes import Box
@@ -53,10 +54,20 @@ def brain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(brain: Path) -> Path:
+def client() -> Iterator[Client]:
+    """A cluster for the runs to which nothing happens: starting one takes longer than such a run."""
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as connected,
+    ):
+        yield connected
+
+
+@pytest.fixture(scope="session")
+def undisturbed(brain: Path, client: Client) -> Path:
     """The census of a run to which nothing happened. Its name is in its metadata: all are called out.zarr."""
     output = brain.parent / "undisturbed" / "out.zarr"
-    run(brain, output, config=RunConfig().merged(configuration()))
+    run(brain, output, config=RunConfig().merged(configuration()), client=client)
     return output
 
 

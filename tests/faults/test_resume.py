@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import zarr
+from distributed import Client
 
 from braincensus import OutputError, RunConfig, open_result, run
 from braincensus.progress import Silent
@@ -38,10 +39,20 @@ class Told(Silent):
         return 0
 
 
-def go_on(brain: Path, output: Path, **changes: Any) -> Told:
-    told = Told()
-    run(brain, output, config=RunConfig().merged(configuration(**changes)), progress=told)
-    return told
+GoOn = Callable[..., Told]
+
+
+@pytest.fixture
+def go_on(client: Client) -> GoOn:
+    """Run on a cluster that is there, and return what was told."""
+
+    def begin(brain: Path, output: Path, **changes: Any) -> Told:
+        told = Told()
+        config = RunConfig().merged(configuration(**changes))
+        run(brain, output, config=config, client=client, progress=told)
+        return told
+
+    return begin
 
 
 @pytest.fixture
@@ -50,10 +61,17 @@ def copy(undisturbed: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("stage", "blocks"), [("intensity", 1), ("segment", 1), ("threshold", 9), ("label", 14), ("relabel", 5)]
+    ("stage", "blocks"),
+    [
+        ("label", 14),
+        *(
+            pytest.param(stage, blocks, marks=pytest.mark.slow)
+            for stage, blocks in (("intensity", 1), ("segment", 1), ("threshold", 9), ("relabel", 5))
+        ),
+    ],
 )
 def test_everything_killed_at_once(
-    stage: str, blocks: int, brain: Path, undisturbed: Path, start: Start, tmp_path: Path
+    go_on: GoOn, stage: str, blocks: int, brain: Path, undisturbed: Path, start: Start, tmp_path: Path
 ) -> None:
     output = tmp_path / "out.zarr"
     disturbed = start(output)
@@ -80,7 +98,7 @@ def test_a_worker_killed_is_no_more_than_a_delay(undisturbed: Path, start: Start
 
 
 def test_a_truncated_shard_and_a_lost_file_are_done_again(
-    brain: Path, undisturbed: Path, start: Start, tmp_path: Path
+    go_on: GoOn, brain: Path, undisturbed: Path, start: Start, tmp_path: Path
 ) -> None:
     output = tmp_path / "out.zarr"
     disturbed = start(output)
@@ -99,7 +117,9 @@ def test_a_truncated_shard_and_a_lost_file_are_done_again(
     assert result_bytes(output) == result_bytes(undisturbed)
 
 
-def test_a_damaged_mark_is_no_mark(brain: Path, undisturbed: Path, start: Start, tmp_path: Path) -> None:
+def test_a_damaged_mark_is_no_mark(
+    go_on: GoOn, brain: Path, undisturbed: Path, start: Start, tmp_path: Path
+) -> None:
     output = tmp_path / "out.zarr"
     disturbed = start(output)
     disturbed.wait_for("label", 3)
@@ -112,16 +132,18 @@ def test_a_damaged_mark_is_no_mark(brain: Path, undisturbed: Path, start: Start,
     assert result_bytes(output) == result_bytes(undisturbed)
 
 
-def test_a_finished_run_is_not_run_again(brain: Path, copy: Path) -> None:
+def test_a_finished_run_is_not_run_again(go_on: GoOn, brain: Path, copy: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     told = go_on(brain, copy)
     assert told.said == ["everything is there already: the same input, the same settings"]
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
 
 
-def test_another_spot_sigma_repeats_label_onward_only(brain: Path, copy: Path, tmp_path: Path) -> None:
+def test_another_spot_sigma_repeats_label_onward_only(
+    go_on: GoOn, brain: Path, copy: Path, tmp_path: Path
+) -> None:
     changed = {"spot_sigma": 1.2}
-    run(brain, tmp_path / "anew" / "out.zarr", config=RunConfig().merged(configuration(labelling=changed)))
+    go_on(brain, tmp_path / "anew" / "out.zarr", labelling=changed)
     told = go_on(brain, copy, labelling=changed)
     assert any("done blocks of intensity, segment, threshold are kept" in text for text in told.said)
     assert any("spot_sigma: [0.65, 0.65, 0.65] -> [1.2, 1.2, 1.2]" in text for text in told.said)
@@ -141,15 +163,15 @@ def test_another_spot_sigma_repeats_label_onward_only(brain: Path, copy: Path, t
     ],
 )
 def test_a_changed_setting_redoes_what_depends_on_it(
-    changes: dict[str, Any], kept: tuple[str, ...], brain: Path, copy: Path, tmp_path: Path
+    go_on: GoOn, changes: dict[str, Any], kept: tuple[str, ...], brain: Path, copy: Path, tmp_path: Path
 ) -> None:
     told = go_on(brain, copy, **changes)
     assert any(f"done blocks of {', '.join(kept)} are kept" in text for text in told.said), told.said
-    run(brain, tmp_path / "anew" / "out.zarr", config=RunConfig().merged(configuration(**changes)))
+    go_on(brain, tmp_path / "anew" / "out.zarr", **changes)
     assert result_bytes(copy) == result_bytes(tmp_path / "anew" / "out.zarr")
 
 
-def test_another_input_is_refused(brain: Path, copy: Path, tmp_path: Path) -> None:
+def test_another_input_is_refused(go_on: GoOn, brain: Path, copy: Path, tmp_path: Path) -> None:
     before = result_bytes(copy)
     other = tmp_path / "other.npy"
     shutil.copy(brain, other)
@@ -159,14 +181,14 @@ def test_another_input_is_refused(brain: Path, copy: Path, tmp_path: Path) -> No
     assert open_result(copy).n_cells > 0
 
 
-def test_fresh_starts_over(brain: Path, copy: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_fresh_starts_over(brain: Path, copy: Path, undisturbed: Path, client: Client) -> None:
     (copy / "braincensus" / "left_over").mkdir()
-    run(brain, copy, config=RunConfig().merged(configuration()), overwrite=True)
+    run(brain, copy, config=RunConfig().merged(configuration()), client=client, overwrite=True)
     assert not (copy / "braincensus" / "left_over").exists()
     assert result_bytes(copy) == result_bytes(undisturbed)
 
 
-def test_an_output_of_an_earlier_version_is_refused(brain: Path, copy: Path) -> None:
+def test_an_output_of_an_earlier_version_is_refused(go_on: GoOn, brain: Path, copy: Path) -> None:
     root = json.loads((copy / "zarr.json").read_text())
     del root["attributes"]["braincensus"]["manifest"]
     (copy / "zarr.json").write_text(json.dumps(root))
@@ -174,7 +196,9 @@ def test_an_output_of_an_earlier_version_is_refused(brain: Path, copy: Path) -> 
         go_on(brain, copy)
 
 
-def test_while_labels_are_redone_nothing_looks_finished(brain: Path, copy: Path, start: Start) -> None:
+def test_while_labels_are_redone_nothing_looks_finished(
+    go_on: GoOn, brain: Path, copy: Path, start: Start
+) -> None:
     disturbed = start(copy, configuration(labelling={"spot_sigma": 1.2}))
     disturbed.wait_for("label", 3)
     with pytest.raises(OutputError, match="has not finished"):

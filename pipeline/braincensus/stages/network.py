@@ -31,6 +31,9 @@ NORM_STATISTICS = "norm_statistics"
 class Predicts(Protocol):
     """A network on a device."""
 
+    halo_voxels: int
+    """Context that it takes around a patch."""
+
     @property
     def reach_voxels(self) -> int | None:
         """How far it looks; None: as far as the patch goes."""
@@ -63,7 +66,7 @@ class Network:
         predictor = keep("predictor", self.volume.output.token, self.ready)
         probability = np.empty(core.shape, dtype=np.float32)
         patches = list(self.patches(core))
-        inputs = (self.input(patch.dilate(self.segmentation.halo)) for patch in patches)
+        inputs = (self.input(patch.dilate(predictor.halo_voxels)) for patch in patches)
         for patch, predicted in zip(patches, _predict_all(predictor, inputs), strict=True):
             inside = patch.intersect(core)
             probability[inside.slices_in(core)] = predicted[inside.slices_in(patch)]
@@ -94,17 +97,26 @@ class Network:
             return calibrate(weights, batch, device=self.device, threads=self.threads)
 
     def predictor(self, statistics: NormStatistics) -> Predicts:
-        """Load the network onto this worker's device."""
+        """Load the network onto this worker's device.
+
+        It takes no more context than it looks at, which gives the same bits: a patch is cropped to that first.
+        """
         assert isinstance(self.settings, WNet3DForeground)
-        return Predictor(
-            self.weights(),
-            norm=self.settings.norm,
-            statistics=statistics,
-            halo_voxels=self.segmentation.halo,
-            precision=self.segmentation.precision,
-            device=self.device,
-            threads=self.threads,
-        )
+        halo, weights = self.segmentation.halo, self.weights()
+        while True:
+            predictor = Predictor(
+                weights,
+                norm=self.settings.norm,
+                statistics=statistics,
+                halo_voxels=halo,
+                precision=self.segmentation.precision,
+                device=self.device,
+                threads=self.threads,
+            )
+            enough = -(-predictor.reach_voxels // LATTICE) * LATTICE
+            if self.settings.norm == "window" or enough >= halo:
+                return predictor
+            halo = enough
 
     def weights(self) -> Weights:
         """Load the weights on this worker: from the package or a path, never sent with the tasks.

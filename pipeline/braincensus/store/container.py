@@ -343,8 +343,15 @@ def create_output(
     return output
 
 
-def reopen_output(output: Output) -> Output:
+def reopen_output(output: Output, *, voxel_size_um: TripleFloat) -> Output:
     """Go on with an output that was begun or finished, marked incomplete from now on.
+
+    Parameters
+    ----------
+    output
+        What the earlier run left.
+    voxel_size_um
+        Of full resolution, zyx; it may be another one now.
 
     Returns
     -------
@@ -358,10 +365,11 @@ def reopen_output(output: Output) -> Output:
     """
     attributes = root_attributes(output.path) or {}
     recorded = attributes.get(KEY, {})
-    again = Output(output.path, output.voxel_size_um, uuid.uuid4().hex)
+    again = Output(output.path, voxel_size_um, uuid.uuid4().hex)
+    begun = {"status": "incomplete", "token": again.token, "voxel_size_um": list(voxel_size_um)}
     with writing(output.path):
         # Without the `ome` attributes no viewer takes it for an image until it is whole again.
-        write_group(output.path, {KEY: {**recorded, "status": "incomplete", "token": again.token}})
+        write_group(output.path, {KEY: {**recorded, **begun}})
         for group in _GROUPS:
             if not (output.path / group / "zarr.json").is_file():
                 write_group(output.path / group, {})

@@ -116,6 +116,22 @@ def test_trained_weights_are_local() -> None:
         np.testing.assert_allclose(got.predict(around(volume, halo)), exact, atol=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_more_context_than_the_reach_changes_no_bit(precision: str) -> None:
+    weights = load_weights("compact")
+    phantom = Phantom(shape=(80, 80, 80), cells_per_mm3=8000.0, tissue="full", seed=1)
+    counts = phantom.render(Box.whole(phantom.shape)).astype(np.float32)
+    volume = np.clip((counts - 300) / 8, 0, 100).astype(np.float32)
+    statistics = calibrate(weights, volume[None, None, :48, :48, :48].copy())
+    wide, narrow = (
+        Predictor(weights, statistics=statistics, halo_voxels=halo, precision=precision) for halo in (24, 8)
+    )
+    assert narrow.reach_voxels <= 8
+    probability = wide.predict(volume)
+    assert probability.min() < 0.1 < 0.9 < probability.max()
+    assert np.array_equal(probability, narrow.predict(volume[16:-16, 16:-16, 16:-16]))
+
+
 def test_patches_meet_without_a_seam(setting: Setting) -> None:
     _, _, volume, plain = setting
     halves = []
