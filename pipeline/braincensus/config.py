@@ -98,7 +98,7 @@ class WNet3DForeground(_Section):
         description="context around a patch; 48 is exact for any weights, far less for the shipped ones",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="arithmetic of the network; auto: bfloat16 where the processor has it"
+        "auto", description="arithmetic of the network; auto: bfloat16 where the processor is faster with it"
     )
     calibration: Literal["volume", "stored"] = Field(
         "volume",

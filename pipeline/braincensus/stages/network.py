@@ -99,7 +99,7 @@ class Network:
     def predictor(self, statistics: NormStatistics) -> Predicts:
         """Load the network onto this worker's device.
 
-        It takes no more context than it looks at, which gives the same bits: a patch is cropped to that first.
+        It takes no more context than it looks at. That gives the same bits: a patch is cropped to it first.
         """
         assert isinstance(self.settings, WNet3DForeground)
         halo, weights = self.segmentation.halo, self.weights()
