@@ -445,7 +445,7 @@ def runs(chosen: list[Network], scene: NDArray[np.float32]) -> Iterator[tuple[st
         methods.append(("intensity | whole pipeline | none", {"model": "intensity"}))
         for name, foreground in methods:
             config = compute.merged({"foreground": foreground, "input": {"voxel_size_um": VOXEL_SIZE_UM}})
-            result = run(scene, Path(folder) / "out.zarr", config=config, client=client, overwrite=True)
+            result = run(scene, Path(folder) / "out.zarr", config=config, client=client, fresh=True)
             yield name, np.asarray(result.labels[:])
 
 

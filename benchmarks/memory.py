@@ -53,7 +53,7 @@ def measure(gigabytes: float, block: int, workers: int, folder: Path) -> None:
     )
     began = time.perf_counter()
     with connect(config.compute, resources_for(config.compute)) as (client, resources):
-        result = run(source, output, config=config, client=client, overwrite=True)
+        result = run(source, output, config=config, client=client, fresh=True)
         seconds = time.perf_counter() - began
         peaks = client.run(peak_mib)
         threads = resources.threads

@@ -98,7 +98,7 @@ def table(
                         folder / "out.zarr",
                         config=configs[method].merged({"input": {"voxel_size_um": voxel_size_um}}),
                         client=client,
-                        overwrite=True,
+                        fresh=True,
                     )
                     labels = np.asarray(result.labels[:])
                 same = labels[: image.shape[0]]

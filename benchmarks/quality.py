@@ -76,7 +76,7 @@ class Census:
         config = RunConfig().merged(
             {"foreground": self.methods[method], "input": {"voxel_size_um": VOXEL_SIZE_UM}}
         )
-        result = run(image, self._output, config=config, client=self._client, overwrite=True)
+        result = run(image, self._output, config=config, client=self._client, fresh=True)
         cells: NDArray[np.float64] = result.cells.to_pandas()[["z_um", "y_um", "x_um"]].to_numpy()
         return cells
 

@@ -66,7 +66,7 @@ def run(
     *,
     config: RunConfig | None = None,
     client: Client | None = None,
-    overwrite: bool = False,
+    fresh: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Count every cell of a volume.
@@ -82,7 +82,7 @@ def run(
     client
         A Dask client whose cluster to use. Its workers must reach `input` and `output` at the same
         paths. Without it, ``config.compute`` decides.
-    overwrite
+    fresh
         Start over: replace an earlier output of braincensus at this path (and nothing else). Otherwise a run
         on an output of the same input goes on where the earlier one stopped; a changed setting redoes the
         stages that depend on it.
@@ -110,9 +110,9 @@ def run(
     progress = progress or Silent()
     output = Path(output)
     protect = [input] if isinstance(input, str | Path) else []
-    earlier = None if overwrite else _earlier(output)
+    earlier = None if fresh else _earlier(output)
     if earlier is None:
-        check_free(output, overwrite=overwrite, protect=protect)
+        check_free(output, overwrite=fresh, protect=protect)
     # Everything that can be refused is, before the input is copied (where it must be) or computed on.
     described = _open(input, config, _scratch_for(output), Silent(), copy=False)
     weights = _weights(config)
@@ -131,7 +131,7 @@ def run(
                 progress.message(f"Dask dashboard: {connected.dashboard_link}")
             if earlier is None:
                 store = create_output(
-                    output, overwrite=overwrite, voxel_size_um=volume.voxel_size_um, protect=protect
+                    output, overwrite=fresh, voxel_size_um=volume.voxel_size_um, protect=protect
                 )
             else:
                 progress.message(how.report())

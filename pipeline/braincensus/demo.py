@@ -41,7 +41,7 @@ def run_demo(
     directory.mkdir(parents=True, exist_ok=True)
     progress.message(f"phantom: {N_CELLS:,} known cells in {' x '.join(map(str, SHAPE))} voxels")
     write_phantom(source, phantom, block_voxels=(128, 128, 128), overwrite=overwrite)
-    result = run(source, output, config=config, overwrite=overwrite, progress=progress)
+    result = run(source, output, config=config, fresh=overwrite, progress=progress)
     truth = read_truth(source)
     cells = result.cells.to_pandas()
     match = compare(cells, truth)

@@ -183,7 +183,7 @@ def test_another_input_is_refused(go_on: GoOn, brain: Path, copy: Path, tmp_path
 
 def test_fresh_starts_over(brain: Path, copy: Path, undisturbed: Path, client: Client) -> None:
     (copy / "braincensus" / "left_over").mkdir()
-    run(brain, copy, config=RunConfig().merged(configuration()), client=client, overwrite=True)
+    run(brain, copy, config=RunConfig().merged(configuration()), client=client, fresh=True)
     assert not (copy / "braincensus" / "left_over").exists()
     assert result_bytes(copy) == result_bytes(undisturbed)
 

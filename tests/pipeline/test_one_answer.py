@@ -73,7 +73,7 @@ def census(
             "labelling": labelling or {},
         }
     )
-    result = run(image, folder / "out.zarr", config=config, client=client, overwrite=True)
+    result = run(image, folder / "out.zarr", config=config, client=client, fresh=True)
     return Census(
         labels=np.asarray(result.labels[:]),
         cells=result.cells.to_pandas(),

@@ -94,7 +94,7 @@ def run(
             _show_plan(input, settings)
             return
         with ConsoleProgress(stdout) as progress:
-            result = braincensus.run(input, output, config=settings, overwrite=fresh, progress=progress)
+            result = braincensus.run(input, output, config=settings, fresh=fresh, progress=progress)
         stdout.print(result_table(result))
 
 
