@@ -1,9 +1,10 @@
 """How many cells are found, and how many of them are right: phantoms whose cells are known, and real data.
 
-Phantoms of three densities, each with three amounts of noise, go through the whole pipeline: by `intensity`,
-and by WNet3D with calibrated norms (the default) and with those of each window (the original's).
-Centroids are matched one to one within 10 um. Noise is the standard deviation in bare tissue, in counts;
-the dimmest cells stand 300 counts above tissue, before shading, the brightest 2,500.
+Phantoms of three densities, each with three amounts of noise and once with dim cells, go through the whole
+pipeline: by `intensity`, and by WNet3D with norms calibrated on the volume (the default), with those stored
+in the weights, and with those of each window (the original's). Centroids are matched one to one within 10 um.
+Noise is the standard deviation in bare tissue, in counts; the dimmest cells stand 300 counts above tissue,
+before shading, the brightest 2,500; of dim ones 120 and 500.
 
 With `--real`, volumes without truth: cells found by each method, and how far the methods agree.
 
@@ -32,8 +33,10 @@ from braincensus_kernels.phantom import Phantom
 
 MATCH_UM = 10.0
 VOXEL_SIZE_UM = (5.0, 5.26, 5.26)
-COUNTS_PER_PHOTON = (1.0, 4.0, 16.0)
-"""Of the camera: with the light of a phantom's tissue, noise of about 18, 36 and 72 counts."""
+BRIGHT, DIM = (300.0, 2500.0), (120.0, 500.0)
+KINDS = ((1.0, BRIGHT), (4.0, BRIGHT), (16.0, BRIGHT), (1.0, DIM))
+"""Counts per photon of the camera (noise of about 18, 36 and 72 counts by the light of a phantom's tissue), and
+brightness of cells."""
 
 
 def main() -> None:
@@ -68,6 +71,7 @@ class Census:
         self.methods: dict[str, dict[str, str]] = {
             "intensity": {"model": "intensity"},
             "wnet3d, calibrated (default)": {**network, "norm": "calibrated"},
+            "wnet3d, stored": {**network, "norm": "calibrated", "calibration": "stored"},
             "wnet3d, window": {**network, "norm": "window"},
         }
 
@@ -97,13 +101,14 @@ def phantom_table(arguments: argparse.Namespace, census: Census) -> None:
     print("| cells | per mm^3 of tissue | noise | method | found | precision | recall | F1 |")
     print("|---|---|---|---|---|---|---|---|")
     for n_cells in arguments.cells:
-        for counts_per_photon in COUNTS_PER_PHOTON:
+        for counts_per_photon, brightness in KINDS:
             phantom = Phantom(
                 shape=(z, y, x),
                 voxel_size_um=VOXEL_SIZE_UM,
                 n_cells=n_cells,
                 seed=arguments.seed,
                 counts_per_photon=counts_per_photon,
+                brightness=brightness,
             )
             image, truth = phantom.render(Box.whole(phantom.shape)), phantom.cells()
             axes = zip("zyx", phantom.voxel_size_um, strict=True)
@@ -118,8 +123,9 @@ def phantom_table(arguments: argparse.Namespace, census: Census) -> None:
             best = max(round(match.f1, 3) for match in matches.values())
             for method, match in matches.items():
                 f1 = f"**{match.f1:.3f}**" if round(match.f1, 3) == best else f"{match.f1:.3f}"
+                kind = f"{noise:.0f}" + (", dim" if brightness == DIM else "")
                 print(
-                    f"| {n_cells:,} | {density:,.0f} | {noise:.0f} | {method} | {match.n_found:,} "
+                    f"| {n_cells:,} | {density:,.0f} | {kind} | {method} | {match.n_found:,} "
                     f"| {match.precision:.3f} | {match.recall:.3f} | {f1} |",
                     flush=True,
                 )
