@@ -35,8 +35,8 @@ MATCH_UM = 10.0
 VOXEL_SIZE_UM = (5.0, 5.26, 5.26)
 BRIGHT, DIM = (300.0, 2500.0), (120.0, 500.0)
 KINDS = ((1.0, BRIGHT), (4.0, BRIGHT), (16.0, BRIGHT), (1.0, DIM))
-"""Counts per photon of the camera (noise of about 18, 36 and 72 counts by the light of a phantom's tissue), and
-brightness of cells."""
+"""Counts per photon of the camera (noise of about 18, 36 and 72 counts, by the light of a phantom's tissue),
+and how bright cells are."""
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from braincensus.progress import Silent
 from braincensus.stages import label, measure, relabel, stitch
 from braincensus.stages.segment import PROBABILITY
 from braincensus.store import create_output, open_cells
+from braincensus.store.packing import pack, unpack
 from braincensus.tasks import Context
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.components import connected_components
@@ -38,18 +39,18 @@ VOXEL_SIZE_UM = (2.0, 1.0, 1.0)
 
 @dataclass
 class Shuffled(Context):
-    """Runs tasks here, in a random order, a third of them again later on."""
+    """Runs tasks here, in a random order, a third of them again later on; results as marks keep them."""
 
     rng: np.random.Generator = field(default_factory=np.random.default_rng)
 
-    def map(self, stage, function, spec, grid, *, name):
+    def map(self, stage, function, spec, grid, *, name, classes=(), after=""):
         done: list[int] = []
         for number in self.rng.permutation(len(grid)).tolist():
             result = function(spec, number)
             done.append(number)
             if self.rng.random() < 1 / 3:
                 function(spec, int(self.rng.choice(done)))
-            yield number, result
+            yield number, unpack(pack(result), classes)
 
 
 @dataclass(frozen=True)
