@@ -59,7 +59,8 @@ class Context:
         yield
         self.timings_s[name] = self.timings_s.get(name, 0.0) + time.perf_counter() - began
         if self.kept.get(name):
-            self.progress.message(f"{name}: {self.kept[name]:,} blocks were done before")
+            blocks = "1 block was" if self.kept[name] == 1 else f"{self.kept[name]:,} blocks were"
+            self.progress.message(f"{name}: {blocks} done before")
         self.progress.finish(name, self.timings_s[name])
 
     def map(
