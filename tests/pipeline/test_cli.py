@@ -294,6 +294,7 @@ def test_dry_run_and_plan_compute_and_write_nothing(tmp_path, volume):
         (["--weights", "missing.safetensors"], "no weights"),
         (["--foreground-threshold", "1.5"], "foreground_threshold"),
         (["--cluster", "tcp://127.0.0.1:1"], "no Dask scheduler"),
+        (("--foreground", "intensity", "--calibration", "stored"), "no meaning"),
         (["--channel", "3"], "channel"),
     ],
 )

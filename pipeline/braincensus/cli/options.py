@@ -190,8 +190,11 @@ def read_settings(options: dict[str, Any]) -> Any:
     from braincensus.config import RunConfig
     from braincensus.errors import ConfigError
 
-    if options.get("weights") is not None and options.get("foreground") == "intensity":
+    model = options.get("foreground")
+    if options.get("weights") is not None and model == "intensity":
         raise ConfigError("--weights has no meaning with --foreground intensity: it uses no network")
+    if options.get("calibration") is not None and model not in (None, "wnet3d"):
+        raise ConfigError(f"--calibration has no meaning with --foreground {model}: it is WNet3D's")
     base = RunConfig() if options["config"] is None else RunConfig.from_yaml(options["config"])
     changes: dict[str, dict[str, Any]] = {}
     for name, (section, field, read) in FIELDS.items():

@@ -14,6 +14,7 @@ import numpy as np
 
 from braincensus.blocks import BlockGrid
 from braincensus.config import IntensityForeground, SupervisedForeground, WNet3DForeground
+from braincensus.errors import InputError, explain
 from braincensus.stages.intensity import IntensityRange
 from braincensus.stages.network import Network
 from braincensus.stages.norms import set_norms
@@ -52,6 +53,7 @@ class _Contrast:
 class _Segment:
     grid: BlockGrid
     output: Output
+    name: str
     model: Network | _Contrast
 
 
@@ -71,7 +73,7 @@ def run(
             about |= _set_norms(context, model, intensity)
         else:
             model = _Contrast(_scaled(context, intensity))
-        spec = _Segment(plan.segment_grid, output, model)
+        spec = _Segment(plan.segment_grid, output, plan.config.foreground.model, model)
         for _ in context.map("segment", _segment_region, spec, plan.segment_grid, name="segment-region"):
             pass
     return about
@@ -132,5 +134,16 @@ def _set_norms(context: Context, network: Network, intensity: IntensityRange) ->
 def _segment_region(spec: _Segment, number: int) -> None:
     core = spec.grid[number].core
     probability = spec.model.foreground(core)
+    bad = np.count_nonzero(~np.isfinite(probability))
+    if bad:  # as integers they would look like any other probability
+        raise InputError(
+            explain(
+                f"the foreground model {spec.name} gave probabilities that are not numbers",
+                expected="0 to 1",
+                found=f"{bad:,} of {probability.size:,} in one region",
+                cause="weights of a training that went wrong, or an arithmetic that they do not stand",
+                remedy="other weights, or foreground.precision: float32",
+            )
+        )
     stored = np.rint(probability * np.float32(PROBABILITY_TOP)).astype(np.uint16)
     spec.output.write_block(PROBABILITY, core, stored)
