@@ -159,6 +159,16 @@ def test_stops_when_the_loss_is_not_finite() -> None:
         train(net, crops_from_arrays([blobs()], (16, 16, 16)), steps=1, batch=1, learning_rate=1e-3, seed=0)
 
 
+def test_bfloat16_on_a_cpu_refuses_crops_whose_gradients_would_be_wrong() -> None:
+    settings = {"steps": 1, "batch": 1, "learning_rate": 1e-3, "seed": 0, "precision": "bfloat16"}
+    with pytest.raises(ValueError, match=r"2 x 2 x 2 voxels.*float32, or crops"):
+        train(network(), crops_from_arrays([blobs()], (16, 16, 16)), **settings)
+    net = network()
+    train(net, crops_from_arrays([blobs()], (24, 24, 24)), **settings)
+    assert all(torch.isfinite(value).all() for value in net.state_dict().values())
+    net(torch.zeros(1, 1, 16, 16, 16))  # whatever is only predicted may be smaller
+
+
 def test_stops_when_a_class_is_empty() -> None:
     net = network()
     with torch.no_grad():

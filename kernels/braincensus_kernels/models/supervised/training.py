@@ -25,7 +25,12 @@ from torch import Tensor, nn
 
 from braincensus_kernels.models.supervised.augment import Augmentation
 from braincensus_kernels.models.supervised.losses import LossName, loss
-from braincensus_kernels.models.training import arithmetic, dropout_of, learning_rate_factor
+from braincensus_kernels.models.training import (
+    arithmetic,
+    dropout_of,
+    learning_rate_factor,
+    refuse_wrong_gradients,
+)
 from braincensus_kernels.models.training_signs import TrainingError
 
 THRESHOLDS: tuple[float, ...] = (0.01, 0.025, *(round(0.05 * k, 2) for k in range(1, 20)), 0.975, 0.99)
@@ -199,6 +204,7 @@ class SupervisedTrainer:
         """The epoch with the highest Dice on what is held out; the first of equals."""
         self._best_weights: dict[str, Tensor] = {}
         self._draw, self._device, self._precision = draw, device, precision
+        refuse_wrong_gradients(network, device, precision)
         self._loss = loss(settings.loss)
         self._optimiser = torch.optim.Adam(
             [parameter for _, parameter in self._learning()],
