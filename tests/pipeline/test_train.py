@@ -160,6 +160,7 @@ def test_an_existing_output_is_kept(image: np.ndarray, tmp_path: Path) -> None:
         ({"epochs": 2}, "3 steps, 2 epochs"),
         ({"steps": None}, "neither"),
         ({"precision": "float8"}, "precision"),
+        ({"precision": "bfloat16", "crop_voxels": 16}, r"24 voxels or more[\s\S]*found: 16"),
         ({"num_classes": 1}, "num_classes"),
         ({"dropout": 1.0}, "dropout"),
         ({"ncuts": "none"}, "class-mean or pairwise"),

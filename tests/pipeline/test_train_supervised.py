@@ -469,6 +469,7 @@ def test_cells_in_one_block_only_cannot_be_held_out(
         ({"loss": "focal"}, "expected a loss"),
         ({"validation_share": 0.9}, "up to 0.5"),
         ({"precision": "float8"}, "auto, float32 or bfloat16"),
+        ({"precision": "bfloat16", "crop_voxels": 16}, r"24 voxels or more[\s\S]*found: 16"),
         ({"momentum": 1}, "no training option 'momentum'"),
         ({"threads": 0}, "1 or more"),
         ({"checkpoint_every": 0}, "1 or more"),

@@ -61,7 +61,8 @@ __all__ = [
 ]
 
 
-_LEAST_TRAINED = 3
+LEAST_IN_BFLOAT16 = 3
+"""Voxels that features must have along each axis for bfloat16 to be trained on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,11 +412,10 @@ def refuse_wrong_gradients(network: nn.Module, device: str, precision: str) -> N
 
 def _refuse_narrow(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     extents = tuple(inputs[0].shape[2:])
-    if torch.is_grad_enabled() and torch.is_autocast_enabled("cpu") and min(extents) < _LEAST_TRAINED:
+    if torch.is_grad_enabled() and torch.is_autocast_enabled("cpu") and min(extents) < LEAST_IN_BFLOAT16:
         raise ValueError(
             f"these crops leave the coarsest level {' x '.join(map(str, extents))} voxels, where bfloat16's "
-            f"gradients are wrong on CPUs: use float32, or crops that leave {_LEAST_TRAINED} or more (24 for "
-            "three halvings)"
+            f"gradients are wrong on CPUs: use float32, or crops that leave {LEAST_IN_BFLOAT16} or more"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from braincensus.errors import ConfigError, explain
 from braincensus_kernels.models.predict import LATTICE, resolve_precision
 from braincensus_kernels.models.soft_ncuts import SoftNCutsForm
-from braincensus_kernels.models.training import IntensityVariation, TrainingSettings
+from braincensus_kernels.models.training import LEAST_IN_BFLOAT16, IntensityVariation, TrainingSettings
 from braincensus_kernels.models.wnet3d import COMPACT_CHANNELS, FULL_CHANNELS, GROUPS
 
 _VARIATION = IntensityVariation(gain=0.25, gamma=0.15, offset=3.0, noise=2.0)
@@ -171,13 +171,15 @@ class Recipe:
 
     def settled(self, tissue_voxels: int, device: str) -> Recipe:
         """Return the recipe with epochs, steps and precision as they are on these volumes and device."""
+        precision = _precision(self.precision, device)
+        check_bfloat16(precision, device, self.crop_voxels, step=LATTICE)
         per_epoch = self.steps_per_epoch or max(1, -(-tissue_voxels // (self.batch * self.crop_voxels**3)))
         return replace(
             self,
             steps=self.steps if self.epochs is None else self.epochs * per_epoch,
             epochs=None,
             steps_per_epoch=per_epoch,
-            precision=_precision(self.precision, device),
+            precision=precision,
         )
 
     def settings(self, steps: int) -> TrainingSettings:
@@ -188,6 +190,27 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as JSON holds them."""
         return {**asdict(self), "channels": list(self.channels)}
+
+
+def check_bfloat16(precision: str, device: str, crop_voxels: int, *, step: int) -> None:
+    """Refuse crops whose gradients torch would compute wrongly; see the kernels' `refuse_wrong_gradients`.
+
+    Raises
+    ------
+    ConfigError
+        On a CPU, in bfloat16, where a network that shrinks crops by `step` leaves too few voxels.
+    """
+    least = LEAST_IN_BFLOAT16 * step
+    if precision == "bfloat16" and torch.device(device).type == "cpu" and crop_voxels < least:
+        raise ConfigError(
+            explain(
+                "crops of this size cannot be trained in bfloat16 on a CPU",
+                expected=f"{least} voxels or more",
+                found=str(crop_voxels),
+                cause="torch's gradients are wrong there, where features shrink to 2 voxels",
+                remedy="larger crops, or --precision float32",
+            )
+        )
 
 
 def _precision(precision: str, device: str) -> str:

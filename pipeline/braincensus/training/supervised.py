@@ -38,6 +38,7 @@ from braincensus.training.pairs import (
     split_blocks,
 )
 from braincensus.training.processes import processes
+from braincensus.training.recipe import check_bfloat16
 from braincensus.training.record import Places, load_checkpoint, save_checkpoint
 from braincensus.training.supervised_record import Told, write_card, write_losses, write_picture
 from braincensus.training.wnet3d import reproducible
@@ -163,12 +164,14 @@ class SupervisedRecipe:
     def settled(self, training_blocks: int, device: str) -> SupervisedRecipe:
         """Return the recipe with everything that was left open decided."""
         batch = PUBLISHED_BATCH[self.kind] if self.batch is None else self.batch
+        precision = resolve_supervised_precision(self.precision, device)
+        check_bfloat16(precision, device, self.crop_voxels, step=EXTENT_STEP[self.kind])
         return replace(
             self,
             size=PUBLISHED_SIZE[self.kind] if self.size is None else self.size,
             batch=batch,
             steps_per_epoch=self.steps_per_epoch or max(1, -(-training_blocks // batch)),
-            precision=resolve_supervised_precision(self.precision, device),
+            precision=precision,
         )
 
     def settings(self, steps: int) -> SupervisedSettings:
