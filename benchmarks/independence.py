@@ -96,6 +96,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", nargs="*", default=[], help="files of more networks to measure")
     parser.add_argument("--compact-steps", type=int, default=120)
     parser.add_argument("--full-steps", type=int, default=30, help="0: without the full-size network")
+    parser.add_argument("--only", default="", help="networks whose name contains this")
     parser.add_argument("--move-full-size", action="store_true", help="minutes more")
     return parser.parse_args()
 
@@ -152,22 +153,28 @@ class Mirrored:
 def networks(arguments: argparse.Namespace, volumes: list[Volume]) -> Iterator[Network]:
     whole: Triple = (128, 88, 96)
     compact = (16, 32, 64)
-    yield Network("compact, shipped", load_weights("compact"), whole, compact, 3)
+    if arguments.only in "compact, shipped":
+        yield Network("compact, shipped", load_weights("compact"), whole, compact, 3)
     for path in arguments.weights:
         more = load_weights(path)
         small = more.channels[0] <= COMPACT_CHANNELS[0]
         yield Network(Path(path).stem, more, *((whole, compact, 3) if small else ((32, 32, 32), (16,), 2, 1)))
-    trained = trained_briefly(COMPACT_CHANNELS, arguments.compact_steps, 32, 1, 2e-3, volumes, arguments.save)
-    yield Network(f"compact, {arguments.compact_steps} steps without decay", trained, whole, compact, 3)
-    torch.manual_seed(0)
-    encoder = UNet(1, 2, channels=COMPACT_CHANNELS, dropout=0.0, softmax=True)
-    random = Weights(encoder.state_dict(), COMPACT_CHANNELS, 2, 1, {}, "", "random")
-    yield Network("compact, random", random, (32, 32, 32), (16,), 2, 1)
-    if arguments.full_steps:
-        trained = trained_briefly(FULL_CHANNELS, arguments.full_steps, 24, 1, 1e-3, volumes, arguments.save)
-        yield Network(
-            f"full size, {arguments.full_steps} steps without decay", trained, (32, 32, 32), (16,), 2, 1
+    name = f"compact, {arguments.compact_steps} steps without decay"
+    if arguments.only in name:
+        trained = trained_briefly(
+            COMPACT_CHANNELS, arguments.compact_steps, 32, 1, 2e-3, volumes, arguments.save
         )
+        yield Network(name, trained, whole, compact, 3)
+    for name, channels in (("compact, random", COMPACT_CHANNELS), ("full size, random", FULL_CHANNELS)):
+        if arguments.only in name:
+            torch.manual_seed(0)
+            encoder = UNet(1, 2, channels=channels, dropout=0.0, softmax=True)
+            random = Weights(encoder.state_dict(), channels, 2, 1, {}, "", "random")
+            yield Network(name, random, (32, 32, 32), (16,), 2, 1)
+    name = f"full size, {arguments.full_steps} steps without decay"
+    if arguments.full_steps and arguments.only in name:
+        trained = trained_briefly(FULL_CHANNELS, arguments.full_steps, 24, 1, 1e-3, volumes, arguments.save)
+        yield Network(name, trained, (32, 32, 32), (16,), 2, 1)
 
 
 def trained_briefly(
