@@ -86,7 +86,8 @@ def test_a_number_that_another_process_has_got_is_no_holder(tmp_path: Path) -> N
     content["process_began"] -= 1000
     lock_file(output).write_text(json.dumps(content))
     with locked(output):
-        pass
+        taken = json.loads(lock_file(output).read_text())
+    assert taken["token"] != content["token"]
 
 
 def test_the_holder_keeps_it_fresh_and_notices_its_loss(
