@@ -186,10 +186,12 @@ class TileStatistics(NamedTuple):
     mean: NDArray[np.float32]
     constant: NDArray[np.bool_]
     """Tiles of at least ``lattice**2`` voxels, all equal: padding; a camera's noise never gives one."""
+    top: NDArray[np.float32]
+    """The largest value, as float32: no voxel of the tile is larger once it is float32, too."""
 
 
 def tile_statistics(q: NDArray[np.uint32], *, lattice: int = LATTICE) -> TileStatistics:
-    """Median, mean and constancy of every tile.
+    """Median, mean, constancy and largest value of every tile.
 
     Parameters
     ----------
@@ -207,10 +209,10 @@ def tile_statistics(q: NDArray[np.uint32], *, lattice: int = LATTICE) -> TileSta
     if not 1 <= lattice <= 64:
         raise ValueError(f"the lattice must be from 1 to 64 voxels, got {lattice}")
     shape = tuple(-(-n // lattice) for n in q.shape)
-    median, mean = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    median, mean, top = (np.empty(shape, np.float32) for _ in range(3))
     constant = np.empty(shape, np.bool_)
-    _tile_statistics(np.ascontiguousarray(q), lattice, median, mean, constant)
-    return TileStatistics(median, mean, constant)
+    _tile_statistics(np.ascontiguousarray(q), lattice, median, mean, constant, top)
+    return TileStatistics(median, mean, constant, top)
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -230,7 +232,7 @@ def _lower_median(values: Any, n: int, low: Any, high: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _tile_statistics(q: Any, lattice: int, median: Any, mean: Any, constant: Any) -> None:
+def _tile_statistics(q: Any, lattice: int, median: Any, mean: Any, constant: Any, top: Any) -> None:
     values = np.empty(lattice**3, np.uint32)
     for i in range(median.shape[0]):
         for j in range(median.shape[1]):
@@ -250,6 +252,7 @@ def _tile_statistics(q: Any, lattice: int, median: Any, mean: Any, constant: Any
                 median[i, j, k] = _lower_median(values, n, low, high)
                 mean[i, j, k] = total / n
                 constant[i, j, k] = low == high and n >= lattice**2
+                top[i, j, k] = high
 
 
 # --- bins and histograms -----------------------------------------------------------------------------

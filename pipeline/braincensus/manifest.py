@@ -24,16 +24,17 @@ from braincensus.store.files import jsonable
 STAGES = ("intensity", "segment", "threshold", "label", "stitch", "relabel", "measure")
 """In the order of the flow. The coarser levels go with the stage that made the finest one."""
 
-_VERSIONS = dict.fromkeys(STAGES, 1)
+_VERSIONS = dict.fromkeys(STAGES, 1) | {"intensity": 2, "segment": 2, "stitch": 2}
 """Raised when a change of the code changes what a stage gives for the same settings."""
 
 WORK_OF: Mapping[str, tuple[str, ...]] = {
-    "intensity": ("tile_median",),
-    "segment": ("norm_statistics.safetensors",),
+    "intensity": ("tile_median", "tile_top"),
+    "segment": ("norm_statistics.safetensors", "dark.npy"),
     "label": ("local_labels", "ids", "owned", "foreign", "faces", "touching"),
     "stitch": (
         "merged",
-        "seeds.npy",
+        "seeds",
+        "excluded.npy",
         "contributors.npy",
         "contributors_from.npy",
         "aliases_none.npy",

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import zarr
 
 from braincensus.stages.measure import DENSITY
 from braincensus.stages.relabel import LABELS
-from braincensus.stages.segment import PROBABILITY
+from braincensus.stages.segment import DARK, PROBABILITY
 from braincensus.store import CellTable, Output, open_cells, open_output
 
 
@@ -62,6 +63,15 @@ class Result:
     def density(self) -> zarr.Array[Any]:
         """Cells per mm^3 on the density grid, zyx, float32."""
         return self.output.array(DENSITY)
+
+    @property
+    def dark(self) -> np.ndarray:
+        """Boxes that the foreground model skipped, for nothing in them is bright enough to be seen.
+
+        int64, shape (n, 6): first voxel along z, y, x, and where they end. The result is the same, bit for
+        bit, as if they had not been skipped.
+        """
+        return np.asarray(self.output.map_work(DARK))
 
     @property
     def seams(self) -> dict[str, Any]:

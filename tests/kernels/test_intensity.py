@@ -104,6 +104,7 @@ def test_tile_statistics_are_those_of_the_voxels(seed, shape, bits):
     for z, y, x in np.ndindex(found.median.shape):
         tile = q[z * 8 : z * 8 + 8, y * 8 : y * 8 + 8, x * 8 : x * 8 + 8].reshape(-1)
         assert found.median[z, y, x] == np.float32(np.sort(tile)[(tile.size - 1) // 2])
+        assert found.top[z, y, x] == np.float32(tile.max())
         assert found.mean[z, y, x] == np.float32(tile.sum(dtype=np.uint64) / tile.size)
         assert found.constant[z, y, x] == (tile.size >= 64 and tile.min() == tile.max())
 

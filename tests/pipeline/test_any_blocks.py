@@ -22,7 +22,7 @@ from braincensus.cluster import GIB, Resources
 from braincensus.labelling import WatershedLabeller
 from braincensus.planning import make_plan
 from braincensus.progress import Silent
-from braincensus.stages import label, measure, relabel, stitch
+from braincensus.stages import label, measure, numbering, relabel, stitch
 from braincensus.stages.segment import PROBABILITY
 from braincensus.store import create_output, open_cells
 from braincensus.store.packing import pack, unpack
@@ -32,6 +32,16 @@ from braincensus_kernels.components import connected_components
 from braincensus_kernels.intensity import scale_for
 from braincensus_kernels.voronoi_otsu import voronoi_otsu
 from braincensus_kernels.watershed import distance_watershed, watershed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_cells_at_once():
+    """Number and tabulate so few cells at once that a small volume has many slabs and parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(numbering, "_CELLS_PER_SLAB", 7)
+        patch.setattr(measure, "_CELLS_PER_PART", 11)
+        yield
+
 
 TOP = 65535
 VOXEL_SIZE_UM = (2.0, 1.0, 1.0)

@@ -7,7 +7,7 @@ they do not own. Nothing is filtered before: half a cell is small, dim and not r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -43,6 +43,7 @@ class _Cells:
     scale: IntensityScale
     voxel_size_um: tuple[float, float, float]
     touching: bool
+    columns: bool = False
 
 
 def write_contributors(context: Context, aliases: Aliases, blocks: list[BlockSummary]) -> None:
@@ -69,12 +70,25 @@ def write_contributors(context: Context, aliases: Aliases, blocks: list[BlockSum
     output.write_map(_FIRST_PART, first)
 
 
+@dataclass(frozen=True)
+class Merged:
+    """Whole cells of a block: how many, in which layer of blocks; which, if that is asked for."""
+
+    layer: int
+    n_cells: int
+    n_kept: int
+    seeds: np.ndarray
+    voxels: np.ndarray
+
+
 def merge(
-    context: Context, aliases: Aliases, scale: IntensityScale, *, touching: bool
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Join and filter the cells of every block; yields, for each, seed, voxels and whether it is kept."""
-    spec = _spec(context, aliases, scale, touching=touching)
-    for _, found in context.map("stitch", _merge_block, spec, spec.grid, name="merge-cells"):
+    context: Context, aliases: Aliases, scale: IntensityScale, *, touching: bool, columns: bool
+) -> Iterator[Merged]:
+    """Join and filter the cells of every block; with `columns`, tell seeds and voxels, before any filter."""
+    spec = replace(_spec(context, aliases, scale, touching=touching), columns=columns)
+    for _, found in context.map(
+        "stitch", _merge_block, spec, spec.grid, name="merge-cells", classes=(Merged,)
+    ):
         yield found
 
 
@@ -133,7 +147,7 @@ def _contributors(spec: _Cells, number: int) -> list[int]:
     return parts
 
 
-def _merge_block(spec: _Cells, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _merge_block(spec: _Cells, number: int) -> Merged:
     parts = []
     for other in sorted({number, *_contributors(spec, number)}):
         # A cell of another block can be this one's only under an alias.
@@ -150,7 +164,14 @@ def _merge_block(spec: _Cells, number: int) -> tuple[np.ndarray, np.ndarray, np.
     kept = _passes(spec, cells)
     merged = np.stack([cells[column][kept] for column in MERGED_COLUMNS])
     spec.output.write_map(merged_name(number), merged)
-    return cells["seed"], cells["voxels"], kept
+    told = slice(None) if spec.columns else slice(0)
+    return Merged(
+        layer=spec.grid[number].index[0],
+        n_cells=len(kept),
+        n_kept=int(np.count_nonzero(kept)),
+        seeds=cells["seed"][told],
+        voxels=cells["voxels"][told],
+    )
 
 
 def _remove_inner_borders(spec: _Cells, number: int, cells: dict[str, np.ndarray]) -> None:

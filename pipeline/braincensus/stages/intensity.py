@@ -3,11 +3,13 @@
 One pass over the volume writes the statistics of tiles of 8x8x8 voxels (their median and mean: a
 map 512 times smaller than the volume) and gathers an exact histogram. From these follow, for the
 whole volume alike: where tissue is, the range that the network sees, the local background, and the
-windows on which the network's norms are calibrated. Nothing is ever rescaled per block.
+windows on which the network's norms are calibrated. Nothing is ever rescaled per block. A second map, of the
+tiles' largest values, proves of dark parts of the volume that no model can see anything there.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +40,12 @@ TILE_MEDIAN = "braincensus/tile_median"
 """Array of tile medians in the integer units of the range's scale; NaN for a constant tile: padding,
 which no camera makes."""
 
+TILE_TOP = "braincensus/tile_top"
+"""Array of the largest values of tiles, in the same units: proves where nothing bright can be."""
+
 _WINDOW = 64
 _WINDOW_STRIDE = 32
+_MOST_WINDOWS = 50_000  # those of about 150 blocks, 2.4e9 voxels; of more, a sample as good
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,38 @@ class Window:
     box: Box
     tissue: float
     excess: float
+
+
+class Candidates:
+    """The windows of a volume, or of a large one a sample that depends on nothing but where windows are.
+
+    Each window has a number drawn from its place; those with the least stay. So whatever the order in which
+    they come, and however many blocks there are, the same windows stay, and memory does not grow.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[Window] = []
+
+    def add(self, windows: list[Window]) -> None:
+        """Take the windows of a block."""
+        self._kept.extend(windows)
+        if len(self._kept) > 2 * _MOST_WINDOWS:
+            self._thin()
+
+    def in_order(self) -> tuple[Window, ...]:
+        """Return those that stay, in the order of their places."""
+        self._thin()
+        return tuple(sorted(self._kept, key=lambda window: window.box))
+
+    def _thin(self) -> None:
+        if len(self._kept) > _MOST_WINDOWS:
+            self._kept.sort(key=_draw)
+            del self._kept[_MOST_WINDOWS:]
+
+
+def _draw(window: Window) -> bytes:
+    place = np.array(window.box.start, "<i8").tobytes()
+    return hashlib.blake2b(place, digest_size=8).digest() + place
 
 
 @dataclass(frozen=True)
@@ -107,25 +145,26 @@ def run(context: Context) -> IntensityRange:
     plain = volume.dtype.kind in "bu" and volume.dtype.itemsize <= 2  # integer as it is: one pass will do
     with context.stage("intensity", plan.voxels * (1 if plain else 2)):
         scale = scale_for(volume.dtype, 0.0, 0.0) if plain else _scale(context)
-        context.output.create_array(
-            TILE_MEDIAN,
-            shape=tiles_of(volume.box).shape,
-            dtype="float32",
-            chunk=tiles_of(grid[0].core).shape,
-            shard=None,
-            fill_value=np.nan,
-        )
+        for name in (TILE_MEDIAN, TILE_TOP):
+            context.output.create_array(
+                name,
+                shape=tiles_of(volume.box).shape,
+                dtype="float32",
+                chunk=tiles_of(grid[0].core).shape,
+                shard=None,
+                fill_value=np.nan,
+            )
         joint = add_histograms([])
-        windows: list[Window] = []
-        extrema: list[tuple[float, float]] = []
+        windows = Candidates()
+        extrema = (np.inf, -np.inf)
         spec = _Scan(volume, grid, context.output, scale)
         classes = (_Scanned, JointHistogram, Window, Box)
         for _, found in context.map(
             "intensity", _scan_block, spec, grid, name="intensity-block", classes=classes
         ):
             joint = add_histograms([joint, found.joint])
-            windows.extend(found.windows)
-            extrema.append(found.extrema)
+            windows.add(found.windows)
+            extrema = min(extrema[0], found.extrema[0]), max(extrema[1], found.extrema[1])
         _refuse_constant(extrema, volume)
         threshold = None
         if settings.tissue_threshold != "auto":
@@ -134,20 +173,21 @@ def run(context: Context) -> IntensityRange:
         low, high = tissue_range(
             joint, tissue, low_percentile=settings.low_percentile, high_percentile=settings.high_percentile
         )
-    windows.sort(key=lambda window: window.box)
-    return IntensityRange(scale, tissue, low, high, tissue_median(joint, tissue), tuple(windows))
+    median = tissue_median(joint, tissue)
+    return IntensityRange(scale, tissue, low, high, median, windows.in_order())
 
 
 def _scale(context: Context) -> IntensityScale:
     """Find the extrema first where values must be mapped to integers for their sums to be exact."""
     plan = context.plan
     spec = _Scan(plan.volume, plan.scan_grid, context.output, None)
-    extrema = [
-        found
-        for _, found in context.map("intensity", _extrema_block, spec, plan.scan_grid, name="extrema-block")
-    ]
-    _refuse_constant(extrema, plan.volume)
-    return scale_for(plan.volume.dtype, min(low for low, _ in extrema), max(high for _, high in extrema))
+    lowest, highest = np.inf, -np.inf
+    for _, (low, high) in context.map(
+        "intensity", _extrema_block, spec, plan.scan_grid, name="extrema-block"
+    ):
+        lowest, highest = min(lowest, low), max(highest, high)
+    _refuse_constant((lowest, highest), plan.volume)
+    return scale_for(plan.volume.dtype, lowest, highest)
 
 
 def _extrema_block(spec: _Scan, number: int) -> tuple[float, float]:
@@ -178,6 +218,7 @@ def _scan_block(spec: _Scan, number: int) -> _Scanned:
     tiles = tile_statistics(quantised)
     median = np.where(tiles.constant, np.float32(np.nan), tiles.median)
     spec.output.write_block(TILE_MEDIAN, tiles_of(core), median)
+    spec.output.write_block(TILE_TOP, tiles_of(core), tiles.top)
     windows = _candidate_windows(core, np.where(tiles.constant, np.float32(-1), tiles.median), tiles.mean)
     return _Scanned(joint_histogram(quantised, tiles), windows, (found.minimum, found.maximum))
 
@@ -221,8 +262,8 @@ def _candidate_windows(core: Box, median: np.ndarray, mean: np.ndarray) -> list[
     return windows
 
 
-def _refuse_constant(extrema: list[tuple[float, float]], volume: Volume) -> None:
-    lowest, highest = min(low for low, _ in extrema), max(high for _, high in extrema)
+def _refuse_constant(extrema: tuple[float, float], volume: Volume) -> None:
+    lowest, highest = extrema
     if lowest == highest:
         raise InputError(
             explain(

@@ -37,6 +37,7 @@ from braincensus_kernels.intensity import IntensityScale
 from braincensus_kernels.measure import measure_labels
 from braincensus_kernels.touching import touching_pairs
 
+_FAR_BELOW = 0.5  # no rounding of a blur comes near to that
 LOCAL_LABELS = "braincensus/local_labels"
 
 
@@ -192,12 +193,31 @@ def _label(spec: _Label, core: Box, halo: Triple) -> BlockLabels:
     shape = spec.grid.volume_shape
     z, y, x = (a - b for a, b in zip(halo, spec.foreground.reach, strict=True))
     outer = core.dilate((z, y, x)).clip(shape)
+    probability = read_foreground(spec.output, outer, spec.foreground, shape)
+    if probability.max() < _FAR_BELOW * spec.threshold:
+        return _nothing(spec, core)
     return spec.labeller.label(
-        to_device(read_foreground(spec.output, outer, spec.foreground, shape), spec.device),
+        to_device(probability, spec.device),
         outer=outer,
         core=core,
         volume_shape=shape,
         threshold=spec.threshold,
+    )
+
+
+def _nothing(spec: _Label, core: Box) -> BlockLabels:
+    """Return what any labeller gives where all is below the threshold: a blur makes nothing brighter."""
+    kept = core.dilate(1).clip(spec.grid.volume_shape)
+    return BlockLabels(
+        labels=np.zeros(kept.shape, np.uint32),
+        kept=kept,
+        seeds=np.empty(0, np.int64),
+        growth_steps=0,
+        stopped_by_bound=False,
+        foreground_voxels=0,
+        unreached_voxels=0,
+        complete=True,
+        anchors=np.zeros(kept.shape, np.bool_) if spec.labeller.joins_by_anchors else None,
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from braincensus.blocks import BlockGrid
 from braincensus.stages.cells import MERGED_COLUMNS, merged_name
-from braincensus.stages.stitch import CellIndex
+from braincensus.stages.numbering import CellIndex
 from braincensus.store import Output, write_cells_part
 from braincensus.tasks import Context
 from braincensus_kernels.boxes import Box
@@ -90,8 +90,8 @@ class _Part:
 def _measure_part(spec: _Measure, part: int) -> _Part:
     """Write the rows of one part."""
     first = part * _CELLS_PER_PART
-    seeds = spec.index.seeds()[first : first + _CELLS_PER_PART]
-    rows = _rows_of(spec, np.asarray(seeds))
+    seeds = spec.index.seeds(first, first + _CELLS_PER_PART)
+    rows = _rows_of(spec, seeds)
     cells = cells_from_partials(rows, voxel_size_um=spec.voxel_size_um, scale=spec.scale)
     del cells["seed"]  # the label says the same: cells are numbered in the order of their seeds
     label = np.arange(first + 1, first + 1 + len(seeds), dtype=np.int64)

@@ -49,6 +49,12 @@ def _predict_all(predictor: Predicts, inputs: Iterator[np.ndarray]) -> Iterator[
     return predict_ahead(predictor.predict, inputs, slot=device_slot)
 
 
+def _paste(predicted: np.ndarray, patch: Box, probability: np.ndarray, core: Box) -> None:
+    """Copy what of a patch lies in the region."""
+    inside = patch.intersect(core)
+    probability[inside.slices_in(core)] = predicted[inside.slices_in(patch)]
+
+
 @dataclass(frozen=True)
 class Network:
     """A network's place in a run: small, and sent with every task; weights and statistics are not."""
@@ -61,16 +67,29 @@ class Network:
     device: str
     threads: int
 
-    def foreground(self, core: Box) -> np.ndarray:
-        """Return the foreground probability of a region, float32 in [0, 1]."""
+    def foreground(self, core: Box) -> tuple[np.ndarray, list[Box]]:
+        """Return the foreground probability of a region, float32 in [0, 1], and which patches were dark.
+
+        A dark patch is known to be 0 everywhere before it is read. What the network makes of such a patch is
+        found out once for each shape: the bits are those that it would have given here.
+        """
         predictor = keep("predictor", self.volume.output.token, self.ready)
+        of_dark = keep("of_dark", self.volume.output.token, dict)
         probability = np.empty(core.shape, dtype=np.float32)
-        patches = list(self.patches(core))
-        inputs = (self.input(patch.dilate(predictor.halo_voxels)) for patch in patches)
-        for patch, predicted in zip(patches, _predict_all(predictor, inputs), strict=True):
-            inside = patch.intersect(core)
-            probability[inside.slices_in(core)] = predicted[inside.slices_in(patch)]
-        return probability
+        bright: list[Box] = []
+        dark: list[Box] = []
+        for patch in self.patches(core):
+            (dark if self.volume.is_dark(patch.dilate(predictor.halo_voxels)) else bright).append(patch)
+        for patch in dark:
+            if patch.shape not in of_dark:
+                with device_slot:
+                    nothing = np.zeros(patch.dilate(predictor.halo_voxels).shape, np.float32)
+                    of_dark[patch.shape] = predictor.predict(nothing)
+            _paste(of_dark[patch.shape], patch, probability, core)
+        inputs = (self.input(patch.dilate(predictor.halo_voxels)) for patch in bright)
+        for patch, predicted in zip(bright, _predict_all(predictor, inputs), strict=True):
+            _paste(predicted, patch, probability, core)
+        return probability, dark
 
     @property
     def extent_step(self) -> int:

@@ -1,6 +1,6 @@
 """Stage 6: final labels of every voxel, block by block, in ``labels/cells``.
 
-Each block looks its own seeds up in the sorted list of all cells' seeds (a memory-mapped file, of
+Each block looks its own seeds up in the sorted seeds of the planes around it (memory-mapped files, of
 which it touches a few pages) and writes one shard. No task ever holds a table of all cells.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from braincensus.blocks import BlockGrid
 from braincensus.stages.identities import ids_name
 from braincensus.stages.label import LOCAL_LABELS
-from braincensus.stages.stitch import CellIndex
+from braincensus.stages.numbering import CellIndex
 from braincensus.store import Output, chunk_and_shard
 from braincensus.tasks import Context
 from braincensus_kernels.relabel import apply_lookup, label_dtype

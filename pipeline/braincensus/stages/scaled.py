@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from braincensus.planning import LATTICE
-from braincensus.stages.intensity import TILE_MEDIAN, IntensityRange, tiles_of
+from braincensus.stages.intensity import TILE_MEDIAN, TILE_TOP, IntensityRange, tiles_of
 from braincensus.store import Output
 from braincensus.volume import Volume
 from braincensus_kernels.background import background_reach_tiles, local_background
@@ -51,6 +51,28 @@ class ScaledVolume:
         scaled -= low
         scaled *= np.float32(top) / (high - low)
         return np.ascontiguousarray(scaled[np.ix_(*index)])
+
+    def is_dark(self, box: Box) -> bool:
+        """Whether `network_input` is 0 at every voxel of `box`, known without reading the volume.
+
+        The division by the background brightens most where that is least, and rounding keeps order: if the
+        brightest voxel, brightened so, is not above the range's low end, no voxel is.
+        """
+        inside = _mirrored_box(box, self.volume.shape)[0]
+        brightest, low = self._brightest(inside), np.float32(self.intensity.low)
+        if self.background_um is not None and brightest <= low:
+            divisor = max(self.background(inside).min(), np.float32(self.floor))
+            brightest *= np.float32(self.intensity.median) / divisor
+        return bool(brightest <= low)
+
+    def is_below_background(self, box: Box) -> bool:
+        """Whether every voxel of `box` is darker than its background, known without reading the volume."""
+        brightest = self._brightest(box)
+        return bool(brightest < self.intensity.median and brightest < self.background(box).min())
+
+    def _brightest(self, box: Box) -> np.float32:
+        brightest: np.float32 = self.output.read_block(TILE_TOP, tiles_of(box)).max()
+        return brightest
 
     def background(self, box: Box) -> np.ndarray:
         """Return the local background of tissue at every voxel of `box`, inside the volume."""

@@ -28,6 +28,10 @@ from braincensus_kernels.models.checkpoints import Weights
 from braincensus_kernels.models.supervised.networks import SupervisedWeights
 
 PROBABILITY = "0"
+DARK = "dark"
+"""Working file: boxes that the foreground model skipped, for they are darker than anything that it sees;
+int64, ``(n, 6)``: first voxel along z, y, x, and where they end."""
+_CONTRAST_AT_ONCE = (128, 128, 128)
 PROBABILITY_TOP = 65535
 """The stored value of probability 1."""
 
@@ -38,15 +42,22 @@ class _Contrast:
 
     volume: ScaledVolume
 
-    def foreground(self, core: Box) -> np.ndarray:
-        """Return contrast to the local background as a probability, float32 in [0, 1]."""
-        return foreground_from_intensity(
-            self.volume.read(core),
-            self.volume.background(core),
-            floor=self.volume.floor,
-            median=self.volume.intensity.median,
-            high=self.volume.intensity.high,
-        )
+    def foreground(self, core: Box) -> tuple[np.ndarray, list[Box]]:
+        """Return contrast to the local background as a probability, float32 in [0, 1], and dark parts."""
+        probability = np.zeros(core.shape, np.float32)
+        dark = []
+        for part in core.tiles(_CONTRAST_AT_ONCE):
+            if self.volume.is_below_background(part):
+                dark.append(part)
+                continue
+            probability[part.slices_in(core)] = foreground_from_intensity(
+                self.volume.read(part),
+                self.volume.background(part),
+                floor=self.volume.floor,
+                median=self.volume.intensity.median,
+                high=self.volume.intensity.high,
+            )
+        return probability, dark
 
 
 @dataclass(frozen=True)
@@ -74,9 +85,20 @@ def run(
         else:
             model = _Contrast(_scaled(context, intensity))
         spec = _Segment(plan.segment_grid, output, plan.config.foreground.model, model)
-        for _ in context.map("segment", _segment_region, spec, plan.segment_grid, name="segment-region"):
-            pass
+        dark = [np.empty((0, 6), np.int64)]
+        for _, boxes in context.map(
+            "segment", _segment_region, spec, plan.segment_grid, name="segment-region"
+        ):
+            dark.append(boxes)
+        about["dark"] = _list_dark(output, np.concatenate(dark))
     return about
+
+
+def _list_dark(output: Output, boxes: np.ndarray) -> dict[str, Any]:
+    """Keep where nothing was to be seen; returns how much that is."""
+    boxes = boxes[np.lexsort(boxes.T[::-1])]
+    output.write_map(DARK, boxes)
+    return {"parts": len(boxes), "voxels": int(np.prod(boxes[:, 3:] - boxes[:, :3], axis=1).sum())}
 
 
 def network_of(context: Context, intensity: IntensityRange, weights: Weights | SupervisedWeights) -> Network:
@@ -131,9 +153,9 @@ def _set_norms(context: Context, network: Network, intensity: IntensityRange) ->
     return about | calibration.summary()
 
 
-def _segment_region(spec: _Segment, number: int) -> None:
+def _segment_region(spec: _Segment, number: int) -> np.ndarray:
     core = spec.grid[number].core
-    probability = spec.model.foreground(core)
+    probability, dark = spec.model.foreground(core)
     bad = np.count_nonzero(~np.isfinite(probability))
     if bad:  # as integers they would look like any other probability
         raise InputError(
@@ -147,3 +169,5 @@ def _segment_region(spec: _Segment, number: int) -> None:
         )
     stored = np.rint(probability * np.float32(PROBABILITY_TOP)).astype(np.uint16)
     spec.output.write_block(PROBABILITY, core, stored)
+    boxes = [box.intersect(core) for box in dark]
+    return np.array([[*box.start, *box.stop] for box in boxes], np.int64).reshape(-1, 6)

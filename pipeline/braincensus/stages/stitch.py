@@ -5,47 +5,21 @@
 3. Merge: cells that touch may be one by their border (if asked for); the owner of each cell joins what
    all blocks measured of it, and whole cells are filtered (`cells`).
 4. Number: cells are numbered 1..N in the raster order of their seeds, so that labels depend on the
-   volume alone.
+   volume alone (`numbering`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 import numpy as np
 
-from braincensus.stages import cells, seams
+from braincensus.stages import cells, numbering, seams
+from braincensus.stages.cells import Merged
 from braincensus.stages.identities import Aliases, write_aliases
 from braincensus.stages.label import BlockSummary, needs_touching
+from braincensus.stages.numbering import CellIndex
 from braincensus.stages.seams import SeamAudit
-from braincensus.store import Output
 from braincensus.tasks import Context
 from braincensus_kernels.intensity import IntensityScale
-
-_SEEDS = "seeds"
-
-
-@dataclass(frozen=True)
-class CellIndex:
-    """All cells' seeds in order (a file that workers map), so that a seed's rank is its label."""
-
-    output: Output
-    n_cells: int
-    aliases: Aliases
-
-    def seeds(self) -> np.ndarray:
-        """Return the sorted seeds, memory-mapped; cell ``label`` has seed ``seeds()[label - 1]``."""
-        return self.output.map_work(_SEEDS)
-
-    def labels_of(self, seeds: np.ndarray) -> np.ndarray:
-        """Return the final label of each seed; 0 where the cell was filtered out."""
-        known = self.seeds()
-        if len(known) == 0:
-            return np.zeros(len(seeds), dtype=np.uint64)
-        wanted = self.aliases.of(seeds)
-        rank = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-        return np.where(known[rank] == wanted, rank + 1, 0).astype(np.uint64)
 
 
 def run(
@@ -75,37 +49,28 @@ def run(
             aliases = write_aliases(output, "aliases_merged", same)
             by_border = aliases.size - before
             cells.write_contributors(context, aliases, blocks)
-        whole = cells.merge(context, aliases, scale, touching=touching)
-        if largest is None:
-            in_order, removed = _kept_seeds(whole)
-        else:
-            in_order, removed = _without_large_objects(context, aliases, scale, whole)
-        output.write_map(_SEEDS, in_order)
-    counts = {"merged_by_border": by_border, "removed_by_filters": removed}
-    return CellIndex(output, len(in_order), aliases), finish(len(disagreed)), counts
+        whole = cells.merge(context, aliases, scale, touching=touching, columns=largest is not None)
+        in_layers = np.zeros(plan.label_grid.counts[0], np.int64)
+        held: list[Merged] = []
+        seen = 0
+        for found in whole:
+            in_layers[found.layer] += found.n_kept
+            seen += found.n_cells
+            if largest is not None:
+                held.append(found)
+        excluded = None if largest is None else _of_large_objects(context, aliases, scale, held)
+        index = numbering.number(context, aliases, in_layers.tolist(), excluded)
+    counts = {"merged_by_border": by_border, "removed_by_filters": seen - index.n_cells}
+    return index, finish(len(disagreed)), counts
 
 
-def _kept_seeds(
-    whole: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
-) -> tuple[np.ndarray, int]:
-    """Gather what is kept: 8 bytes a cell, all that any process holds of all cells."""
-    seeds, removed = [np.zeros(0, np.int64)], 0
-    for seed, _, kept in whole:
-        seeds.append(seed[kept])
-        removed += len(seed) - len(seeds[-1])
-    in_order = np.concatenate(seeds)
-    in_order.sort()
-    return in_order, removed
-
-
-def _without_large_objects(
-    context: Context,
-    aliases: Aliases,
-    scale: IntensityScale,
-    whole: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
-) -> tuple[np.ndarray, int]:
-    columns = [np.concatenate(column) for column in zip(*whole, strict=True)]
-    order = np.argsort(columns[0])
-    seeds, voxels, kept = (column[order] for column in columns)
-    kept &= ~cells.in_large_objects(context, aliases, scale, seeds, voxels)
-    return seeds[kept], int((~kept).sum())
+def _of_large_objects(
+    context: Context, aliases: Aliases, scale: IntensityScale, whole: list[Merged]
+) -> np.ndarray:
+    """Return the seeds of cells in too large objects, in order. Wants all cells at once: 16 bytes a cell."""
+    seeds = np.concatenate([found.seeds for found in whole])
+    voxels = np.concatenate([found.voxels for found in whole])
+    order = np.argsort(seeds)
+    seeds, voxels = seeds[order], voxels[order]
+    large: np.ndarray = seeds[cells.in_large_objects(context, aliases, scale, seeds, voxels)]
+    return large

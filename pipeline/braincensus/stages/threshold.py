@@ -78,6 +78,9 @@ def read_foreground(output: Output, box: Box, foreground: Foreground, volume_sha
 
 def _threshold_block(spec: _Threshold, number: int) -> np.ndarray:
     block = spec.grid[number]
+    tissue = _tissue(spec, block.core)
+    if not tissue.any():
+        return np.zeros(_BINS, np.int64)
     return outline_histogram(
         read_foreground(spec.output, block.outer, spec.foreground, spec.grid.volume_shape),
         outer=block.outer,
@@ -87,7 +90,7 @@ def _threshold_block(spec: _Threshold, number: int) -> np.ndarray:
         minimum=0.0,
         maximum=PROBABILITY_TOP,
         bins=_BINS,
-        where=_tissue(spec, block.core),
+        where=tissue,
     )
 
 
