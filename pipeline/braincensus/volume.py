@@ -18,11 +18,12 @@ import numpy as np
 import zarr
 
 from braincensus.errors import ConfigError, InputError, explain
-from braincensus.formats import arrays, ome_zarr, tiff
+from braincensus.formats import arrays, ome_zarr, phantom, tiff
 from braincensus.formats.checks import as_voxel_size
 from braincensus.formats.convert import Progress, describe_copy, make_copy
 from braincensus.formats.readers import Found, Reader, TripleFloat, UncopiedReader, Voxels
 from braincensus_kernels.boxes import Box, Triple
+from braincensus_kernels.phantom import Phantom
 
 _USUAL_UM = (0.01, 1000.0)  # beyond these, a unit was probably mistaken
 _SUPPORTED = "OME-Zarr or zarr (a folder), TIFF (.tif .tiff .btf .tf2 .tf8), a folder of TIFF planes, or .npy"
@@ -154,7 +155,8 @@ def open_volume(
     ----------
     source
         Path of an OME-Zarr image (0.4 or 0.5), a mesoSPIM tile, a zarr array, a TIFF file, a folder
-        of TIFF planes or a ``.npy`` file; or a NumPy or zarr array (3D zyx, 4D czyx, 5D tczyx).
+        of TIFF planes, a ``.npy`` file or a ``.phantom.json``; or a NumPy or zarr array (3D zyx, 4D czyx,
+        5D tczyx), or a `Phantom`, whose voxels are made when read.
     channel, timepoint, level
         Which channel, time point and pyramid level, counted from 0.
     voxel_size_um
@@ -237,6 +239,8 @@ def _find(
         return "array", arrays.open_array(
             source, channel=channel, timepoint=timepoint, level=level, with_copy=copy_array
         )
+    if isinstance(source, Phantom):
+        return "phantom", phantom.open_phantom(source, channel=channel, timepoint=timepoint, level=level)
     if not isinstance(source, str | Path):
         raise ConfigError(
             explain(
@@ -261,6 +265,8 @@ def _find(
         raise _missing(path)
     if path.is_dir():
         found = _find_in_folder(path, channel=channel, timepoint=timepoint, level=level, progress=progress)
+    elif path.name.lower().endswith(phantom.ENDING):
+        found = phantom.open_phantom(path, channel=channel, timepoint=timepoint, level=level)
     elif path.suffix.lower() in tiff.EXTENSIONS:
         found = tiff.open_tiff(path, channel=channel, timepoint=timepoint, level=level)
     elif path.suffix.lower() == ".npy":
