@@ -93,7 +93,7 @@ def settings_of(plan: Plan, *, weights_sha256: str) -> Settings:
     labelling = config.labelling
     blocks = {"block_voxels": grid.block_shape}
     every: Settings = {
-        "intensity": {"input": volume.identity, "block_voxels": plan.scan_grid.block_shape},
+        "intensity": {"input": volume.identity, "block_voxels": plan.scan_tasks.block_shape},
         "segment": {
             "intensity": config.intensity.model_dump(mode="json"),
             "foreground": foreground,

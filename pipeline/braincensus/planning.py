@@ -71,6 +71,8 @@ class Plan:
     ----------
     scan_grid, segment_grid, label_grid
         The blocks of each kind of stage.
+    scan_tasks
+        Scan blocks in groups, each one task: a block itself, but in a large volume.
     labeller, foreground
         How a block is labelled, and how stored probability becomes what is labelled. The label grid's halo
         is the reach of both.
@@ -87,6 +89,7 @@ class Plan:
     resources: Resources
     segmentation: Segmentation
     scan_grid: BlockGrid
+    scan_tasks: BlockGrid
     segment_grid: BlockGrid
     label_grid: BlockGrid
     labeller: Labeller
@@ -212,6 +215,7 @@ def make_plan(
         resources=resources,
         segmentation=segmentation,
         scan_grid=BlockGrid(shape, _lattice_bounded(_SCAN_BLOCK, shape)),
+        scan_tasks=_grouped(_lattice_bounded(_SCAN_BLOCK, shape), shape),
         segment_grid=_segment_grid(segmentation, shape),
         label_grid=label_grid,
         labeller=labeller,
@@ -258,13 +262,17 @@ def _segmentation(
 
 def _segment_grid(segmentation: Segmentation, shape: Triple) -> BlockGrid:
     """Group patches into regions (one task and one shard each), so that a large volume has few of them."""
-    side = 1
-    while True:
-        region = segmentation.patch[0] * side, segmentation.patch[1] * side, segmentation.patch[2] * side
-        grid = BlockGrid(shape, region, (segmentation.halo,) * 3)
-        if len(grid) <= _MOST_REGIONS or side >= 4:
-            return grid
-        side *= 2
+    grid = _grouped(segmentation.patch, shape)
+    return replace(grid, halo=(segmentation.halo,) * 3)
+
+
+def _grouped(unit: Triple, shape: Triple) -> BlockGrid:
+    """Return blocks of 1, 2 or 4 units along each axis: as few as it takes for a large volume."""
+    for side in (1, 2, 4):
+        grid = BlockGrid(shape, (unit[0] * side, unit[1] * side, unit[2] * side))
+        if len(grid) <= _MOST_REGIONS:
+            break
+    return grid
 
 
 def _label_grid(

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import product
+from math import prod
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from braincensus.blocks import BlockGrid
 from braincensus.errors import InputError, explain
@@ -45,7 +48,7 @@ TILE_TOP = "braincensus/tile_top"
 
 _WINDOW = 64
 _WINDOW_STRIDE = 32
-_MOST_WINDOWS = 50_000  # those of about 150 blocks, 2.4e9 voxels; of more, a sample as good
+_MOST_WINDOWS = 50_000  # about those of 2.4e9 voxels; of a larger volume, a sample of about as many
 
 
 @dataclass(frozen=True)
@@ -55,38 +58,6 @@ class Window:
     box: Box
     tissue: float
     excess: float
-
-
-class Candidates:
-    """The windows of a volume, or of a large one a sample that depends on nothing but where windows are.
-
-    Each window has a number drawn from its place; those with the least stay. So whatever the order in which
-    they come, and however many blocks there are, the same windows stay, and memory does not grow.
-    """
-
-    def __init__(self) -> None:
-        self._kept: list[Window] = []
-
-    def add(self, windows: list[Window]) -> None:
-        """Take the windows of a block."""
-        self._kept.extend(windows)
-        if len(self._kept) > 2 * _MOST_WINDOWS:
-            self._thin()
-
-    def in_order(self) -> tuple[Window, ...]:
-        """Return those that stay, in the order of their places."""
-        self._thin()
-        return tuple(sorted(self._kept, key=lambda window: window.box))
-
-    def _thin(self) -> None:
-        if len(self._kept) > _MOST_WINDOWS:
-            self._kept.sort(key=_draw)
-            del self._kept[_MOST_WINDOWS:]
-
-
-def _draw(window: Window) -> bytes:
-    place = np.array(window.box.start, "<i8").tobytes()
-    return hashlib.blake2b(place, digest_size=8).digest() + place
 
 
 @dataclass(frozen=True)
@@ -128,6 +99,7 @@ class _Scanned:
 class _Scan:
     volume: Volume
     grid: BlockGrid
+    tasks: BlockGrid
     output: Output
     scale: IntensityScale | None
 
@@ -155,15 +127,15 @@ def run(context: Context) -> IntensityRange:
                 fill_value=np.nan,
             )
         joint = add_histograms([])
-        windows = Candidates()
+        windows: list[Window] = []
         extrema = (np.inf, -np.inf)
-        spec = _Scan(volume, grid, context.output, scale)
+        spec = _Scan(volume, grid, plan.scan_tasks, context.output, scale)
         classes = (_Scanned, JointHistogram, Window, Box)
         for _, found in context.map(
-            "intensity", _scan_block, spec, grid, name="intensity-block", classes=classes
+            "intensity", _scan_blocks, spec, spec.tasks, name="intensity-block", classes=classes
         ):
             joint = add_histograms([joint, found.joint])
-            windows.add(found.windows)
+            windows.extend(found.windows)
             extrema = min(extrema[0], found.extrema[0]), max(extrema[1], found.extrema[1])
         _refuse_constant(extrema, volume)
         threshold = None
@@ -174,20 +146,24 @@ def run(context: Context) -> IntensityRange:
             joint, tissue, low_percentile=settings.low_percentile, high_percentile=settings.high_percentile
         )
     median = tissue_median(joint, tissue)
-    return IntensityRange(scale, tissue, low, high, median, windows.in_order())
+    windows.sort(key=lambda window: window.box)
+    return IntensityRange(scale, tissue, low, high, median, tuple(windows))
 
 
 def _scale(context: Context) -> IntensityScale:
     """Find the extrema first where values must be mapped to integers for their sums to be exact."""
     plan = context.plan
-    spec = _Scan(plan.volume, plan.scan_grid, context.output, None)
+    spec = _Scan(plan.volume, plan.scan_grid, plan.scan_tasks, context.output, None)
     lowest, highest = np.inf, -np.inf
-    for _, (low, high) in context.map(
-        "intensity", _extrema_block, spec, plan.scan_grid, name="extrema-block"
-    ):
+    for _, (low, high) in context.map("intensity", _extrema_blocks, spec, spec.tasks, name="extrema-block"):
         lowest, highest = min(lowest, low), max(highest, high)
     _refuse_constant((lowest, highest), plan.volume)
     return scale_for(plan.volume.dtype, lowest, highest)
+
+
+def _extrema_blocks(spec: _Scan, task: int) -> tuple[float, float]:
+    found = [_extrema_block(spec, number) for number in spec.grid.numbers_in(spec.tasks[task].core)]
+    return min(low for low, _ in found), max(high for _, high in found)
 
 
 def _extrema_block(spec: _Scan, number: int) -> tuple[float, float]:
@@ -208,6 +184,16 @@ def _extrema_block(spec: _Scan, number: int) -> tuple[float, float]:
     return found.minimum, found.maximum
 
 
+def _scan_blocks(spec: _Scan, task: int) -> _Scanned:
+    """Scan the blocks of a task, one after the other."""
+    parts = [_scan_block(spec, number) for number in spec.grid.numbers_in(spec.tasks[task].core)]
+    return _Scanned(
+        add_histograms([part.joint for part in parts]),
+        [window for part in parts for window in part.windows],
+        (min(part.extrema[0] for part in parts), max(part.extrema[1] for part in parts)),
+    )
+
+
 def _scan_block(spec: _Scan, number: int) -> _Scanned:
     assert spec.scale is not None
     core = spec.grid[number].core
@@ -219,7 +205,8 @@ def _scan_block(spec: _Scan, number: int) -> _Scanned:
     median = np.where(tiles.constant, np.float32(np.nan), tiles.median)
     spec.output.write_block(TILE_MEDIAN, tiles_of(core), median)
     spec.output.write_block(TILE_TOP, tiles_of(core), tiles.top)
-    windows = _candidate_windows(core, np.where(tiles.constant, np.float32(-1), tiles.median), tiles.mean)
+    level = np.where(tiles.constant, np.float32(-1), tiles.median)
+    windows = _candidate_windows(core, level, tiles.mean, share_of_windows(spec.grid))
     return _Scanned(joint_histogram(quantised, tiles), windows, (found.minimum, found.maximum))
 
 
@@ -232,34 +219,53 @@ def tiles_of(box: Box) -> Box:
     )
 
 
-def _candidate_windows(core: Box, median: np.ndarray, mean: np.ndarray) -> list[Window]:
+def _candidate_windows(core: Box, median: np.ndarray, mean: np.ndarray, share: float) -> list[Window]:
     """Score windows inside a block by what stands out of their tissue.
 
     A tile's mean exceeds its median where something bright and sparse lies in it: cells. The upper
     quartile over the window's tiles ignores a few tiles with an artefact.
     """
-    windows = []
     shape = tuple(min(_WINDOW, n) for n in core.shape)
+    tiles = tuple(-(-n // LATTICE) for n in shape)
     origins = []
     for extent, side in zip(core.shape, shape, strict=True):
         last = (extent - side) // LATTICE * LATTICE
         origins.append(sorted({*range(0, last + 1, _WINDOW_STRIDE), last}))
-    for z in origins[0]:
-        for y in origins[1]:
-            for x in origins[2]:
-                box = Box((z, y, x), (z + shape[0], y + shape[1], x + shape[2]))
-                tile = tuple(
-                    slice(a // LATTICE, -(-b // LATTICE)) for a, b in zip(box.start, box.stop, strict=True)
-                )
-                level, excess = median[tile], mean[tile] - median[tile]
-                windows.append(
-                    Window(
-                        box.shift(core.start),
-                        tissue=float(np.percentile(level, 10)),
-                        excess=float(np.percentile(excess, 75)),
-                    )
-                )
-    return windows
+    which = np.ix_(*(np.array(o) // LATTICE for o in origins))
+
+    def percentile(values: np.ndarray, q: int) -> list[float]:
+        windows = sliding_window_view(values, tiles)[which].reshape(-1, prod(tiles))
+        found: list[float] = np.percentile(windows, q, axis=1, overwrite_input=True).tolist()
+        return found
+
+    scores = zip(percentile(median, 10), percentile(mean - median, 75), strict=True)
+    windows = [
+        Window(Box((z, y, x), (z + shape[0], y + shape[1], x + shape[2])).shift(core.start), tissue, excess)
+        for (z, y, x), (tissue, excess) in zip(product(*origins), scores, strict=True)
+    ]
+    return sample(windows, share)
+
+
+def share_of_windows(grid: BlockGrid) -> float:
+    """Return which part of a volume's windows are candidates, so that a large one has not too many."""
+    side_by_side = [max(1, (n - _WINDOW) // _WINDOW_STRIDE + 1) for n in grid.block_shape]
+    return min(1.0, _MOST_WINDOWS / (len(grid) * prod(side_by_side)))
+
+
+def sample(windows: list[Window], share: float) -> list[Window]:
+    """Return about this part of the windows, chosen by a number that is drawn from the place of each.
+
+    So it depends neither on blocks nor on order which they are.
+    """
+    if share >= 1:
+        return windows
+    least = int(share * 2**64)
+    return [window for window in windows if _draw(window) < least]
+
+
+def _draw(window: Window) -> int:
+    place = np.array(window.box.start, "<i8").tobytes()
+    return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little")
 
 
 def _refuse_constant(extrema: tuple[float, float], volume: Volume) -> None:
