@@ -156,6 +156,17 @@ class Reader(ABC):
             return _handles[self]
 
 
+@dataclass(frozen=True)
+class PartReader(Reader):
+    """A part of a volume, as a volume."""
+
+    whole: Reader
+    start: Triple
+
+    def _read(self, box: Box) -> Voxels:
+        return self.whole.read(box.shift(self.start))
+
+
 def as_read(voxels: Voxels) -> Voxels:
     """Convert to what `Volume.read` promises: native byte order, C-contiguous, no bool."""
     return np.ascontiguousarray(voxels, dtype=dtype_as_read(voxels.dtype))
