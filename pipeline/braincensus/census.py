@@ -116,7 +116,7 @@ def run(
     # Everything that can be refused is, before the input is copied (where it must be) or computed on.
     described = _open(input, config, _scratch_for(output), Silent(), copy=False)
     weights = _weights(config)
-    resources = cluster.resources_for(config.compute, client)
+    resources = cluster.resources_for(config.compute, client, wait_s=config.compute.worker_wait_s)
     plan = _plan(described, _as_before(config, earlier), weights, resources)
     plan.check(free_disk_bytes=_free_disk(output) if earlier is None else None)
     with locked(output.absolute()) as lock, _scratch(output) as scratch:
@@ -125,7 +125,7 @@ def run(
             progress.message(how.report())
             return Result(open_output(output))
         volume = _open(input, config, scratch, progress, copy=True)
-        with _connected(plan, client) as (connected, resources):
+        with _connected(plan, client, progress) as (connected, resources):
             plan = replace(plan, volume=volume, resources=resources)
             if connected.dashboard_link:
                 progress.message(f"Dask dashboard: {connected.dashboard_link}")
@@ -186,7 +186,7 @@ def calibrate(
         volume = _open(input, config, Path(scratch) / "input", progress, copy=True)
         plan = _plan(volume, config, weights, cluster.resources_for(config.compute, client))
         plan.check()
-        with _connected(plan, client) as (connected, resources):
+        with _connected(plan, client, progress) as (connected, resources):
             store = create_output(
                 Path(scratch) / "stages.zarr", overwrite=False, voxel_size_um=volume.voxel_size_um
             )
@@ -364,11 +364,13 @@ def _plan(
 
 
 @contextmanager
-def _connected(plan: Plan, client: Client | None) -> Iterator[tuple[Client, cluster.Resources]]:
+def _connected(
+    plan: Plan, client: Client | None, progress: Progress
+) -> Iterator[tuple[Client, cluster.Resources]]:
     if client is not None:
         yield client, plan.resources
     else:
-        with cluster.connect(plan.config.compute, plan.resources) as connected:
+        with cluster.connect(plan.config.compute, plan.resources, progress) as connected:
             yield connected
 
 

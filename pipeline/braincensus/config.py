@@ -327,7 +327,11 @@ class Compute(_Section):
         None, description="core of a label block, voxels; null: chosen from the memory of a worker"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    cluster: str = Field("local", description="local, or the address of a Dask scheduler, tcp://host:8786")
+    cluster: str = Field(
+        "local",
+        description="local, cuda (this machine's GPUs), slurm:FILE, kubernetes:FILE, or the address of a "
+        "Dask scheduler: tcp://HOST:PORT, tls://HOST:PORT",
+    )
     workers: Positive | None = Field(
         None, description="worker processes of a local cluster; null: from the cores"
     )
@@ -338,6 +342,15 @@ class Compute(_Section):
         None, description="memory of one local worker; null: its share of what is free"
     )
     dashboard_port: int = Field(8787, ge=0, le=65535, description="of a local cluster, on localhost; 0: any")
+    worker_wait_s: PositiveFloat = Field(
+        1800.0, description="how long the first worker of a queue, Kubernetes or scheduler may take to come"
+    )
+    tls_ca_file: str | None = Field(
+        None,
+        description="certificate of the cluster's CA, for tls:// and slurm; null: Dask's own configuration",
+    )
+    tls_cert: str | None = Field(None, description="certificate that the CA signed")
+    tls_key: str | None = Field(None, description="its key; null: it is in the file of the certificate")
 
 
 class RunConfig(_Section):

@@ -38,9 +38,13 @@ from braincensus.cli.options import (
     SpotSigma,
     Threshold,
     Timepoint,
+    TlsCaFile,
+    TlsCert,
+    TlsKey,
     VoxelSize,
     Weights,
     Workers,
+    WorkerWait,
     read_settings,
 )
 
@@ -77,6 +81,10 @@ def run(
     device: Device = None,
     cluster: Cluster = None,
     workers: Workers = None,
+    worker_wait: WorkerWait = None,
+    tls_ca_file: TlsCaFile = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     fresh: Fresh = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
@@ -119,6 +127,10 @@ def plan(
     device: Device = None,
     cluster: Cluster = None,
     workers: Workers = None,
+    worker_wait: WorkerWait = None,
+    tls_ca_file: TlsCaFile = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
 ) -> None:
     """Print what a run would do: blocks, halo, memory, disk, time. Nothing is computed or written."""
     with explaining():

@@ -172,8 +172,30 @@ Device = Annotated[
 Cluster = Annotated[
     str | None,
     typer.Option(
-        metavar="local|ADDRESS", help="Dask scheduler to use", show_default="local", rich_help_panel=_COMPUTE
+        metavar="local|cuda|slurm:FILE|kubernetes:FILE|tcp://HOST:PORT|tls://HOST:PORT",
+        help="this machine, its GPUs, a cluster that the file describes, or a running Dask scheduler",
+        show_default="local",
+        rich_help_panel=_COMPUTE,
     ),
+]
+WorkerWait = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="how long a cluster's first worker may take to come",
+        show_default="1800",
+        rich_help_panel=_COMPUTE,
+    ),
+]
+TlsCaFile = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="tls://: certificate of the cluster's CA", rich_help_panel=_COMPUTE),
+]
+TlsCert = Annotated[
+    str | None, typer.Option(metavar="FILE", help="tls://: our certificate", rich_help_panel=_COMPUTE)
+]
+TlsKey = Annotated[
+    str | None, typer.Option(metavar="FILE", help="tls://: our certificate's key", rich_help_panel=_COMPUTE)
 ]
 Workers = Annotated[
     int | None, typer.Option(help="worker processes of a local cluster", rich_help_panel=_COMPUTE)
@@ -233,5 +255,9 @@ FIELDS: dict[str, tuple[str, str, Callable[[str, str], Any] | None]] = {
     "device": ("compute", "device", None),
     "cluster": ("compute", "cluster", None),
     "workers": ("compute", "workers", None),
+    "worker_wait": ("compute", "worker_wait_s", None),
+    "tls_ca_file": ("compute", "tls_ca_file", None),
+    "tls_cert": ("compute", "tls_cert", None),
+    "tls_key": ("compute", "tls_key", None),
 }
 """Where each option of `run` and `plan` is in the configuration, and how its text is read."""

@@ -1,0 +1,109 @@
+"""Starting a cluster, or connecting to one, for as long as a run lasts."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from distributed import Client, LocalCluster
+
+from braincensus.cluster import managers, tls
+from braincensus.cluster.kinds import read_kind
+from braincensus.cluster.resources import Resources, gpus_of_workers, resources_for, resources_of
+from braincensus.cluster.scheduler import scheduler_client, wait_for_workers
+from braincensus.config import Compute
+from braincensus.errors import ConfigError, explain
+from braincensus.progress import Progress, Silent
+
+
+@contextmanager
+def connect(
+    compute: Compute, resources: Resources | None, progress: Progress | None = None
+) -> Iterator[tuple[Client, Resources]]:
+    """Start a cluster, or connect to a scheduler, for as long as the context lasts.
+
+    Parameters
+    ----------
+    compute
+        The configuration's section.
+    resources
+        What :func:`resources_for` said; None: ask it now.
+    progress
+        Told what is waited for, and what is not encrypted.
+
+    Yields
+    ------
+    client, resources
+        The client, and what its workers offer.
+
+    Raises
+    ------
+    ConfigError
+        If a cluster cannot be started or reached, or no worker comes in time.
+    """
+    progress = progress or Silent()
+    named = read_kind(compute.cluster)
+    if named.kind == "scheduler":
+        if compute.cluster.startswith("tcp://") and tls.leaves_this_machine(compute.cluster):
+            progress.message(f"{compute.cluster}: what is sent there is not encrypted; tls:// would be")
+        with scheduler_client(compute) as client:
+            wait_for_workers(client, compute, compute.worker_wait_s)
+            yield client, resources_of(client, compute)
+        return
+    resources = resources or resources_for(compute)
+    if named.kind in ("slurm", "kubernetes"):
+        start = managers.slurm if named.kind == "slurm" else managers.kubernetes
+        progress.message(f"waiting for the first worker of {compute.cluster} (--worker-wait)")
+        with (
+            start(named.where, compute, progress) as cluster,
+            Client(cluster, timeout=managers.CONNECT_S) as client,
+        ):
+            wait_for_workers(client, compute, compute.worker_wait_s)
+            _check_gpus(client, resources, compute)
+            yield client, resources
+        return
+    with _local_cluster(resources, compute.dashboard_port) as cluster, Client(cluster) as client:
+        yield client, resources
+
+
+def _check_gpus(client: Client, resources: Resources, compute: Compute) -> None:
+    if resources.device == "cuda" and not all(gpus_of_workers(client)):
+        raise ConfigError(
+            explain(
+                f"{compute.cluster} asks for GPUs, but its workers see none that they can use",
+                cause="CuPy is not installed there, or the job or pod was given no GPU",
+                remedy="install braincensus[cuda13] where the workers run, or use --device cpu",
+            )
+        )
+
+
+def _local_cluster(resources: Resources, port: int) -> Any:
+    common: dict[str, Any] = {
+        "n_workers": resources.workers,
+        "threads_per_worker": resources.threads,
+        "memory_limit": resources.memory_bytes,
+        "dashboard_address": f"127.0.0.1:{_free_port(port)}",
+        "silence_logs": logging.CRITICAL,  # our own message tells what failed
+        "host": "127.0.0.1",
+    }
+    if resources.device == "cuda":
+        try:
+            from dask_cuda import LocalCUDACluster
+        except ImportError as err:
+            raise managers.missing_extra("dask-cuda", "cuda13", "one worker for each GPU") from err
+        return LocalCUDACluster(**common)
+    return LocalCluster(**common)
+
+
+def _free_port(port: int) -> int:
+    """Fall back to any port where the wanted one is taken, instead of Dask's warning."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return 0
+    return port
