@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from braincensus import RunConfig, run
+from braincensus.progress import Silent
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.phantom import Phantom
 
@@ -51,7 +52,7 @@ def brain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def local(brain: Path) -> dict[str, str]:
-    """What a run on this machine alone gives. Its name is in its metadata: all outputs are called out.zarr."""
+    """What a run on this machine alone gives. Metadata have its name: all outputs are called out.zarr."""
     output = brain.parent / "local" / "out.zarr"
     assert run(brain, output, config=configuration()).n_cells > 20
     return result_bytes(output)
@@ -65,6 +66,17 @@ def result_bytes(output: Path) -> dict[str, str]:
         if path.is_file() and not name.startswith(("braincensus/", "tables/blocks/")) and name != "zarr.json":
             kept[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return kept
+
+
+class Told(Silent):
+    """Keeps the messages of a run."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        """Keep it."""
+        self.messages.append(text)
 
 
 class Process:

@@ -1,4 +1,4 @@
-"""A scheduler and workers of their own, over TCP and TLS: the same bytes; and what a person is told otherwise."""
+"""A scheduler and workers of their own, over TCP and TLS: the same bytes; what a person is told otherwise."""
 
 from __future__ import annotations
 
@@ -16,18 +16,8 @@ from braincensus import ConfigError, run
 from braincensus.cluster import connect, resources_for
 from braincensus.cluster.tls import leaves_this_machine
 from braincensus.config import Compute
-from braincensus.progress import Silent
-from .conftest import configuration, result_bytes
 
-
-class Told(Silent):
-    """Keeps the messages of a run."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
+from .conftest import Told, configuration, result_bytes
 
 
 class Authority:
@@ -92,6 +82,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(tmp_path_factory.mktemp("tls") / "theirs")
 
 
+@pytest.mark.slow
 def test_a_scheduler_and_workers_over_tcp_give_the_bytes_of_a_local_run(
     brain, local, start_cluster, tmp_path
 ):
@@ -116,9 +107,10 @@ def test_a_scheduler_and_workers_over_tls_give_the_bytes_of_a_local_run(
     wrong = Compute(cluster=address, **{**authority.options(), "tls_ca_file": str(stranger.ca)})
     with pytest.raises(ConfigError, match=r"shows a certificate that .*ca\.pem did not sign"):
         resources_for(wrong)
+    theirs = {"tls_cert": str(stranger.cert), "tls_key": str(stranger.key)}
+    unknown = Compute(cluster=address, **{**authority.options(), **theirs})
     with pytest.raises(ConfigError, match="refused our certificate"):
-        ours = {"tls_cert": str(stranger.cert), "tls_key": str(stranger.key)}
-        resources_for(Compute(cluster=address, **{**authority.options(), **ours}))
+        resources_for(unknown)
     with pytest.raises(ConfigError, match="it wants encryption"):
         resources_for(Compute(cluster=address.replace("tls", "tcp")))
 
@@ -203,5 +195,3 @@ def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch):
         resources_for(Compute(cluster="cuda"))
     with pytest.raises(ConfigError, match="contradict"):
         resources_for(Compute(cluster="cuda", device="cpu"))
-
-

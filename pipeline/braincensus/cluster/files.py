@@ -1,7 +1,7 @@
 """The file of a SLURM or Kubernetes cluster: what it may say, and what each worker then has.
 
 Field names are those of `dask_jobqueue.SLURMCluster` and of Kubernetes, so that their manuals apply. All of a
-`SlurmFile` but `workers`, `adapt` and `tls` is handed on as it is.
+`SlurmFile` but `workers`, `adapt`, `tls` and `shared_temp_directory` (certificates of a run) is handed on.
 """
 
 from __future__ import annotations
@@ -195,8 +195,8 @@ class KubernetesFile(_Sized):
             own = group.resources or self.resources
             if (own.cpu, own.gpus) != (self.resources.cpu, self.resources.gpus):
                 raise ValueError(
-                    f"groups: {group.name}: cpu and gpus must be those of the first workers: one run "
-                    "computes on one kind of device, and the last digits of probabilities depend on the threads"
+                    f"groups: {group.name}: cpu and gpus must be those of the first workers: one run computes"
+                    " on one kind of device, and the last digits of probabilities depend on threads"
                 )
         names = ["default", *(group.name for group in self.groups)]
         if len(set(names)) < len(names):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distributed import Security
+from distributed import Security, Status
 
 from braincensus.cluster import tls
 from braincensus.cluster.files import (
@@ -25,7 +27,8 @@ from braincensus.errors import ConfigError, explain
 from braincensus.progress import Progress
 
 CONNECT_S = 60
-_OURS = {"workers", "adapt", "tls", "scheduler_options"}
+_OURS = {"workers", "adapt", "tls", "scheduler_options", "shared_temp_directory"}
+_LOGS = "braincensus-logs"
 
 
 def missing_extra(package: str, extra: str, what: str) -> ConfigError:
@@ -46,7 +49,7 @@ def slurm(path: str, compute: Compute, progress: Progress) -> Iterator[Any]:
     """
     file = read_cluster_file(path, SlurmFile)
     try:
-        from dask_jobqueue import SLURMCluster
+        import dask_jobqueue  # noqa: F401
     except ImportError as err:
         raise missing_extra("dask-jobqueue", "slurm", "workers as SLURM jobs") from err
     if shutil.which("sbatch") is None:
@@ -57,9 +60,19 @@ def slurm(path: str, compute: Compute, progress: Progress) -> Iterator[Any]:
                 remedy="run it there, or submit deploy/slurm/census.sbatch",
             )
         )
-    options = slurm_options(file, _slurm_security(file, compute), compute.dashboard_port)
-    if options["security"] is None:
+    if not file.tls:
         progress.message(f"slurm:{path}: tls is off; who reaches the scheduler's port can run code as you")
+    with (
+        _slurm_security(file, compute) as security,
+        _slurm_cluster(path, file, slurm_options(file, security, compute.dashboard_port)) as cluster,
+    ):
+        yield cluster
+
+
+@contextmanager
+def _slurm_cluster(path: str, file: SlurmFile, options: dict[str, Any]) -> Iterator[Any]:
+    from dask_jobqueue import SLURMCluster
+
     least = file.adapt.minimum if file.adapt is not None else file.workers
 
     async def submit(cluster: Any) -> None:
@@ -77,11 +90,13 @@ def slurm(path: str, compute: Compute, progress: Progress) -> Iterator[Any]:
         try:
             cluster.sync(submit, cluster)
         except (OSError, ValueError, RuntimeError) as err:
+            for job in cluster.workers.values():
+                job.status = Status.failed  # as distributed demands when it closes; dask-jobqueue leaves it
             raise _refused(path, err) from err
         finally:
             quiet.setLevel(level)
-        if file.adapt is not None:
-            cluster.adapt(minimum=file.adapt.minimum, maximum=file.adapt.maximum)
+        # A fixed number, too: a job that ends (its walltime, a dead node) is replaced.
+        cluster.adapt(minimum=least, maximum=file.most_workers)
         yield cluster
 
 
@@ -95,26 +110,27 @@ def slurm_options(file: SlurmFile, security: Security | None, dashboard_port: in
     extra = options["worker_extra_args"]
     if not any(argument.startswith(("--dashboard-address", "--no-dashboard")) for argument in extra):
         extra += ["--dashboard-address", "127.0.0.1:0"]
-    if "log_directory" not in options:
-        options["log_directory"] = "braincensus-logs"
-    if security is not None and "shared_temp_directory" not in options:
-        options["shared_temp_directory"] = str(Path(options["log_directory"]).absolute())
-        Path(options["log_directory"]).mkdir(parents=True, exist_ok=True)
+    options["log_directory"] = file.log_directory or _LOGS
     scheduler = file.scheduler_options.model_dump(exclude_none=True)
     options["scheduler_options"] = {"dashboard_address": f"127.0.0.1:{dashboard_port}", **scheduler}
     return {**options, "security": security, "silence_logs": logging.CRITICAL}
 
 
-def _slurm_security(file: SlurmFile, compute: Compute) -> Security | None:
-    if not file.tls:
-        return None
-    given = tls.security_of(compute)
-    if given is not None:
-        return given
+@contextmanager
+def _slurm_security(file: SlurmFile, compute: Compute) -> Iterator[Security | None]:
+    """Give the certificates of the configuration, or some for this run alone in a folder of our own."""
+    given = tls.security_of(compute) if file.tls else None
+    if not file.tls or given is not None:
+        yield given
+        return
     try:
-        return Security.temporary()
+        made = Security.temporary()
     except ImportError as err:
         raise missing_extra("cryptography", "slurm", "an encrypted connection to the jobs") from err
+    shared = Path(os.path.expandvars(file.shared_temp_directory or file.log_directory or _LOGS)).expanduser()
+    shared.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".certificates.", dir=shared.absolute()) as folder:
+        yield tls.written(made, Path(folder))
 
 
 def _refused(path: str, err: Exception) -> ConfigError:

@@ -95,6 +95,20 @@ def required(compute: Compute) -> Security:
     return security
 
 
+def written(security: Security, folder: Path) -> Security:
+    """Write certificates that are held in memory to files, and return them as these."""
+    fields: dict[str, str] = {"tls_ca_file": security.tls_ca_file}
+    for role in ("client", "scheduler", "worker"):
+        for part in ("cert", "key"):
+            fields[f"tls_{role}_{part}"] = getattr(security, f"tls_{role}_{part}")
+    for name, text in fields.items():
+        path = folder / f"{name}.pem"
+        path.touch(mode=0o600)
+        path.write_text(text)
+        fields[name] = str(path)
+    return Security(**fields, require_encryption=True)
+
+
 def _check_readable(what: str, path: str) -> None:
     try:
         with Path(path).expanduser().open("rb") as file:
