@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,9 @@ def kubernetes(path: str, compute: Compute, progress: Progress) -> Iterator[Any]
             quiet=True,
         )
     except Exception as err:  # of kr8s, httpx, the operator: one family for the user
+        for left in list(KubeCluster._instances):  # else it tries again to delete itself when Python ends
+            with suppress(Exception):
+                left.close(timeout=10)
         raise _not_started(file, path, err) from err
     with cluster:
         try:
@@ -199,6 +202,8 @@ def cluster_spec(file: KubernetesFile) -> dict[str, Any]:
     )
     spec["spec"]["worker"] = worker_spec(file)
     scheduler = spec["spec"]["scheduler"]["spec"]
+    # dask-kubernetes calls `dask-scheduler` and `dask-worker`, which Dask no longer installs.
+    scheduler["containers"][0]["args"][:1] = ["dask", "scheduler"]
     scheduler["containers"][0]["resources"] = _resources(file.scheduler_resources)
     _secure(scheduler, file)
     return spec
@@ -214,6 +219,7 @@ def worker_spec(file: KubernetesFile, group: WorkerGroup | None = None) -> dict[
         image=group.image if group is not None and group.image is not None else file.image,
         n_workers=group.workers if group is not None else first,
         env=dict(file.env),
+        worker_command="dask worker",
         resources=_resources(resources),
     )
     pod = spec["spec"]
