@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from distributed import Client, LocalCluster
 
 from braincensus import RunConfig, run
 from braincensus.progress import Silent
@@ -54,7 +55,11 @@ def brain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def local(brain: Path) -> dict[str, str]:
     """What a run on this machine alone gives. Metadata have its name: all outputs are called out.zarr."""
     output = brain.parent / "local" / "out.zarr"
-    assert run(brain, output, config=configuration()).n_cells > 20
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        assert run(brain, output, config=configuration(), client=client).n_cells > 20
     return result_bytes(output)
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .conftest import DEPLOY
 jsonschema = pytest.importorskip("jsonschema")
 dask_kubernetes = pytest.importorskip("dask_kubernetes")
 FOLDER = DEPLOY / "kubernetes"
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 FILES = sorted(FOLDER.glob("cluster-*.yaml"))
 DOCUMENTS = [
     pytest.param(document, id=f"{path.stem}-{document['kind']}")
@@ -52,16 +54,17 @@ def closed(schema: Any) -> Any:
     return found
 
 
+@cache
 def dask_schema(kind: str) -> Any:
     charts = Path(dask_kubernetes.__file__).parent / "operator" / "deployment" / "helm"
     text = (charts / "dask-kubernetes-operator" / "crds" / f"{kind.lower()}.yaml").read_text()
-    schema = closed(yaml.safe_load(text)["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
+    schema = closed(yaml.load(text, _LOADER)["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
     schema["properties"] |= {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {}}
     return schema
 
 
 def check_dask(document: dict[str, Any]) -> None:
-    jsonschema.validate(document, dask_schema(document["kind"]), jsonschema.Draft202012Validator)
+    jsonschema.Draft202012Validator(dask_schema(document["kind"])).validate(document)
 
 
 def check_kubernetes(value: Any, kind: str, place: str) -> None:
