@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ from braincensus.store.marks import Mark, NotDoneError
 
 T = TypeVar("T")
 _IN_FLIGHT_PER_THREAD = 3
+_ASK_AGAIN_S = 10.0
 
 
 @dataclass
@@ -163,7 +164,7 @@ def map_blocks(
         Whose cluster to use; None: one after the other, in this process.
     at_once
         Tasks in flight at most, so that client and scheduler stay small; None: three for each thread of the
-        cluster.
+        cluster. As many for workers that come later are added.
     stage
         What errors call it.
     name
@@ -187,6 +188,7 @@ def map_blocks(
     if at_once is None:
         at_once = _IN_FLIGHT_PER_THREAD * max(1, sum(client.nthreads().values()))
     waiting = iter(numbers)
+    window = _Window(client, at_once)
     submitted = {}
 
     def submit(number: int) -> Any:
@@ -210,7 +212,7 @@ def map_blocks(
             except Exception as err:
                 raise _explained(err, stage, number) from err
             future.release()
-            for following in islice(waiting, 1):
+            for following in islice(waiting, window.free(len(submitted))):
                 pending.add(submit(following))
             yield number, result
         for number in too_large:
@@ -222,6 +224,23 @@ def map_blocks(
         remaining = list(pending.futures)
         if remaining:
             client.cancel(remaining)
+
+
+class _Window:
+    """How many tasks may be in flight: more where workers have come since."""
+
+    def __init__(self, client: Client, at_once: int) -> None:
+        self._client, self._at_once = client, at_once
+        self._asked = time.monotonic()
+
+    def free(self, in_flight: int) -> int:
+        """Return how many tasks to submit now, beside those in flight; asks the scheduler now and then."""
+        if time.monotonic() - self._asked >= _ASK_AGAIN_S:
+            with suppress(OSError):  # a lost connection is told where results are waited for
+                threads = sum(self._client.nthreads().values())
+                self._at_once = max(self._at_once, _IN_FLIGHT_PER_THREAD * threads)
+            self._asked = time.monotonic()
+        return max(0, self._at_once - in_flight)
 
 
 def _explained(err: Exception, stage: str, number: int) -> BraincensusError:
