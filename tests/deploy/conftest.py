@@ -56,7 +56,9 @@ def local(brain: Path) -> dict[str, str]:
     """What a run on this machine alone gives. Metadata have its name: all outputs are called out.zarr."""
     output = brain.parent / "local" / "out.zarr"
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
+        ) as cluster,
         Client(cluster) as client,
     ):
         assert run(brain, output, config=configuration(), client=client).n_cells > 20

@@ -18,7 +18,9 @@ def slowly(spec: float, number: int) -> int:
 def test_tasks_in_flight_grow_with_the_cluster(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tasks, "_ASK_AGAIN_S", 0.0)
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
+        ) as cluster,
         Client(cluster) as client,
     ):
         seen = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -85,7 +84,7 @@ def _local_cluster(resources: Resources, port: int) -> Any:
         "n_workers": resources.workers,
         "threads_per_worker": resources.threads,
         "memory_limit": resources.memory_bytes,
-        "dashboard_address": f"127.0.0.1:{_free_port(port)}",
+        "dashboard_address": f"127.0.0.1:{managers.free_port(port)}",
         "silence_logs": logging.CRITICAL,  # our own message tells what failed
         "host": "127.0.0.1",
     }
@@ -96,14 +95,3 @@ def _local_cluster(resources: Resources, port: int) -> Any:
             raise managers.missing_extra("dask-cuda", "cuda13", "one worker for each GPU") from err
         return LocalCUDACluster(**common)
     return LocalCluster(**common)
-
-
-def _free_port(port: int) -> int:
-    """Fall back to any port where the wanted one is taken, instead of Dask's warning."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return 0
-    return port

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +39,17 @@ def missing_extra(package: str, extra: str, what: str) -> ConfigError:
     )
 
 
+def free_port(port: int) -> int:
+    """Fall back to any port where the wanted one is taken, instead of Dask's warning."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return 0
+    return port
+
+
 @contextmanager
 def slurm(path: str, compute: Compute, progress: Progress) -> Iterator[Any]:
     """Submit the jobs of a file; they are cancelled when the context ends.
@@ -64,7 +76,9 @@ def slurm(path: str, compute: Compute, progress: Progress) -> Iterator[Any]:
         progress.message(f"slurm:{path}: tls is off; who reaches the scheduler's port can run code as you")
     with (
         _slurm_security(file, compute) as security,
-        _slurm_cluster(path, file, slurm_options(file, security, compute.dashboard_port)) as cluster,
+        _slurm_cluster(
+            path, file, slurm_options(file, security, free_port(compute.dashboard_port))
+        ) as cluster,
     ):
         yield cluster
 
