@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,11 @@ def local(brain: Path) -> dict[str, str]:
     ):
         assert run(brain, output, config=configuration(), client=client).n_cells > 20
     return result_bytes(output)
+
+
+def program(name: str) -> str | None:
+    """Find a program on the path, or beside the interpreter."""
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
 def result_bytes(output: Path) -> dict[str, str]:

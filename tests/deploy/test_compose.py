@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from .conftest import DEPLOY
+from .conftest import DEPLOY, program
 
 FOLDER = DEPLOY / "docker"
 DOCKERFILES = [FOLDER / "Dockerfile", FOLDER / "Dockerfile.cuda"]
@@ -76,6 +76,16 @@ def test_docker_compose_takes_it():
         named = [word for file in files for word in ("-f", FOLDER / file)]
         done = subprocess.run(["docker", "compose", *named, "config", "-q"], env=env, capture_output=True)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_dockerfiles_are_without_complaints(path):
+    hadolint = program("hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed")
+    found = subprocess.run([hadolint, path], capture_output=True, text=True, check=False)
+    assert found.stdout == ""
+    assert found.returncode == 0, found.stderr
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)

@@ -7,10 +7,6 @@ import ipaddress
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from braincensus import ConfigError, run
 from braincensus.cluster import connect, resources_for
@@ -18,6 +14,12 @@ from braincensus.cluster.tls import leaves_this_machine
 from braincensus.config import Compute
 
 from .conftest import Told, configuration, result_bytes
+
+pytest.importorskip("cryptography")
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 
 class Authority:

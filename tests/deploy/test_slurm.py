@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from braincensus.cluster import connect, managers, resources_for
 from braincensus.cluster.files import SlurmFile, read_cluster_file
 from braincensus.config import Compute
 
-from .conftest import DEPLOY, Told, configuration, result_bytes
+from .conftest import DEPLOY, Told, configuration, program, result_bytes
 
 pytest.importorskip("dask_jobqueue")
 STANDIN = Path(__file__).parent / "slurm" / "standin.py"
@@ -182,9 +181,7 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_bash_without_complaints(script):
     assert subprocess.run(["bash", "-n", script], capture_output=True, check=False).stderr == b""
-    shellcheck = shutil.which("shellcheck") or shutil.which(
-        "shellcheck", path=str(Path(sys.executable).parent)
-    )
+    shellcheck = program("shellcheck")
     if shellcheck is not None:
         found = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
         assert found.stdout == ""
