@@ -103,6 +103,12 @@ class BlockGrid:
         number = (index[0] * ny + index[1]) * nx + index[2]
         return Block(number, index, core, core.dilate(self.halo).clip(self.volume_shape))
 
+    @property
+    def n_faces(self) -> int:
+        """Number of faces between neighbouring blocks."""
+        z, y, x = self.counts
+        return (z - 1) * y * x + z * (y - 1) * x + z * y * (x - 1)
+
     def faces(self) -> Iterator[Face]:
         """Every face between two neighbouring blocks, once, by the number of its lower block."""
         for block in self:

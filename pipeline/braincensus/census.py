@@ -38,6 +38,9 @@ from braincensus.store.lock import locked
 from braincensus.store.root import recorded_at
 from braincensus.tasks import Context
 from braincensus.volume import Volume, open_volume
+from braincensus.watch.picture import show_picture
+from braincensus.watch.report import check_report, reporting
+from braincensus.watch.tell import watching
 from braincensus.weights.files import find_weights
 from braincensus.weights.supervised import load_for, settled
 from braincensus_kernels.models.calibrate import stored_calibration
@@ -68,6 +71,7 @@ def run(
     client: Client | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
+    performance_report: str | Path | None = None,
 ) -> Result:
     """Count every cell of a volume.
 
@@ -88,6 +92,9 @@ def run(
         stages that depend on it.
     progress
         Told about every stage; silent by default.
+    performance_report
+        Where to save Dask's report of the run, an HTML page that stands alone: tasks, profile, memory.
+        Written when the run ends, and when it fails.
 
     Returns
     -------
@@ -109,6 +116,7 @@ def run(
     config = config or RunConfig()
     progress = progress or Silent()
     output = Path(output)
+    check_report(performance_report)
     protect = [input] if isinstance(input, str | Path) else []
     earlier = None if fresh else _earlier(output)
     if earlier is None:
@@ -123,6 +131,8 @@ def run(
         how = _continuation(plan, weights, earlier)
         if how.finished:
             progress.message(how.report())
+            if performance_report is not None:
+                progress.message("no performance report: nothing was left to compute")
             return Result(open_output(output))
         volume = _open(input, config, scratch, progress, copy=True)
         with _connected(plan, client, progress) as (connected, resources):
@@ -138,8 +148,12 @@ def run(
                 store = reopen_output(earlier, voxel_size_um=volume.voxel_size_um)
                 manifest.discard(store, how.redone)
             store.update_provenance({"manifest": {"settings": how.settings}})
-            context = Context(plan, store, connected, progress, keys=how.keys, guard=lock.check)
-            return _run_stages(context, weights)
+            with (
+                watching(connected, plan, store, progress) as watch,
+                reporting(connected, performance_report, progress),
+            ):
+                context = Context(plan, store, connected, watch, keys=how.keys, guard=lock.check, watch=watch)
+                return _run_stages(context, weights)
 
 
 def plan(input: Any, *, config: RunConfig | None = None, client: Client | None = None) -> Plan:
@@ -202,6 +216,7 @@ def _run_stages(context: Context, weights: Weights | SupervisedWeights | None) -
     store.update_provenance(_begin(plan))
     ranges = intensity.run(context)
     store.update_provenance({"intensity": ranges.summary()})
+    show_picture(context.watch, context.client, store)
     foreground = segment.run(context, ranges, weights)
     store.update_provenance({"foreground": foreground})
     outline = threshold.run(context, tissue_threshold=ranges.tissue_threshold)

@@ -341,7 +341,6 @@ class Compute(_Section):
     memory_limit_gib: PositiveFloat | None = Field(
         None, description="memory of one local worker; null: its share of what is free"
     )
-    dashboard_port: int = Field(8787, ge=0, le=65535, description="of a local cluster, on localhost; 0: any")
     worker_wait_s: PositiveFloat = Field(
         1800.0, description="how long the first worker of a queue, Kubernetes or scheduler may take to come"
     )
@@ -351,6 +350,12 @@ class Compute(_Section):
     )
     tls_cert: str | None = Field(None, description="certificate that the CA signed")
     tls_key: str | None = Field(None, description="its key; null: it is in the file of the certificate")
+    dashboard_port: int = Field(8787, ge=0, le=65535, description="of a local cluster; 0: any")
+    dashboard_host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="where a local cluster's dashboard listens; anything but this machine lets others look",
+    )
 
 
 class RunConfig(_Section):

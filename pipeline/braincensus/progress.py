@@ -4,6 +4,25 @@ from __future__ import annotations
 
 from typing import Protocol
 
+STAGE_TITLES = {
+    "convert": "converting the input",
+    "phantom": "writing the phantom",
+    "intensity": "intensity range",
+    "segment": "foreground",
+    "threshold": "threshold",
+    "label": "labelling",
+    "stitch": "stitching",
+    "relabel": "final labels",
+    "measure": "cell table, density",
+    "pyramid": "pyramids",
+    "train": "training",
+    "calibrate": "calibrating",
+}
+"""What people are shown for the name of a stage."""
+
+COUNTED = {"measure", "train", "calibrate"}
+"""Stages that count something else than voxels."""
+
 
 class Progress(Protocol):
     """Receives what happens during a run; every method must return quickly."""

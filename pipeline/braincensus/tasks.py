@@ -29,6 +29,7 @@ from braincensus.progress import Progress
 from braincensus.store import Output
 from braincensus.store.files import noting
 from braincensus.store.marks import Mark, NotDoneError
+from braincensus.watch.tell import UNWATCHED, Unwatched
 
 T = TypeVar("T")
 _IN_FLIGHT_PER_THREAD = 3
@@ -51,6 +52,8 @@ class Context:
     """Called as results arrive; raises if the output is no longer this run's."""
     kept: dict[str, int] = field(default_factory=dict)
     """Blocks of each stage that an earlier run had done."""
+    watch: Unwatched = UNWATCHED
+    """Told about every block, for the page on the dashboard."""
 
     @contextmanager
     def stage(self, name: str, voxels: int) -> Iterator[None]:
@@ -100,13 +103,22 @@ class Context:
         at_once = _IN_FLIGHT_PER_THREAD * self.plan.resources.threads * self.plan.resources.workers
         where = after or stage
         once = _Once(function, spec, self.output, where, name, self.keys.get(where, ""), tuple(classes))
+        self.watch.blocks(stage, name, grid)
         tasks = map_blocks(
-            _do_once, once, range(len(grid)), client=self.client, at_once=at_once, stage=stage, name=name
+            _do_once,
+            once,
+            range(len(grid)),
+            client=self.client,
+            at_once=at_once,
+            stage=stage,
+            name=name,
+            watch=self.watch,
         )
         for number, (kept, result) in tasks:
             self.guard()
             self.kept[stage] = self.kept.get(stage, 0) + kept
             self.progress.advance(stage, grid[number].core.size)
+            self.watch.done(stage, number, grid[number].core.size, kept=kept)
             yield number, result
 
 
@@ -147,6 +159,7 @@ def map_blocks(
     at_once: int | None = None,
     stage: str,
     name: str,
+    watch: Unwatched = UNWATCHED,
 ) -> Iterator[tuple[int, T]]:
     """Run ``function(spec, number)`` for every number, yielding results as they arrive, in any order.
 
@@ -169,6 +182,8 @@ def map_blocks(
         What errors call it.
     name
         What the Dask dashboard shows.
+    watch
+        Told what becomes of every block.
 
     Raises
     ------
@@ -192,9 +207,11 @@ def map_blocks(
     submitted = {}
 
     def submit(number: int) -> Any:
-        key = f"{name}-{uuid4().hex[:12]}-{number}"  # a new one each time: a lost task's key is remembered
+        # A new key each time: a lost task's is remembered. Dask groups tasks by the words before the number.
+        key = f"{name}-{number}-{uuid4().hex[:12]}"
         future = client.submit(function, spec, number, key=key, pure=False)
         submitted[future.key] = number
+        watch.submitted(number, key)
         return future
 
     too_large: list[int] = []
@@ -202,15 +219,19 @@ def map_blocks(
     try:
         for future in pending:
             number = submitted.pop(future.key)
+            watch.returned(future.key)
             try:
                 result = future.result()
-            except (KilledWorker, MemoryError):
+            except (KilledWorker, MemoryError) as err:
                 too_large.append(number)  # too large beside others, perhaps not alone
+                watch.retried(stage, number, _in_short(err))
                 for following in islice(waiting, 1):
                     pending.add(submit(following))
                 continue
             except Exception as err:
-                raise _explained(err, stage, number) from err
+                explained = _explained(err, stage, number)
+                watch.failed(number, str(explained))
+                raise explained from err
             future.release()
             for following in islice(waiting, window.free(len(submitted))):
                 pending.add(submit(following))
@@ -219,7 +240,9 @@ def map_blocks(
             try:
                 yield number, submit(number).result()
             except Exception as err:
-                raise _explained(err, stage, number) from err
+                explained = _explained(err, stage, number)
+                watch.failed(number, str(explained))
+                raise explained from err
     finally:
         remaining = list(pending.futures)
         if remaining:
@@ -241,6 +264,10 @@ class _Window:
                 self._at_once = max(self._at_once, _IN_FLIGHT_PER_THREAD * threads)
             self._asked = time.monotonic()
         return max(0, self._at_once - in_flight)
+
+
+def _in_short(err: Exception) -> str:
+    return "not enough memory" if isinstance(err, MemoryError) else "its workers died each time"
 
 
 def _explained(err: Exception, stage: str, number: int) -> BraincensusError:

@@ -33,6 +33,7 @@ from braincensus.cli.options import (
     MinVolume,
     OutlineSigma,
     Output,
+    PerformanceReport,
     Seeds,
     SeedThreshold,
     SpotSigma,
@@ -85,6 +86,7 @@ def run(
     tls_ca_file: TlsCaFile = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
+    performance_report: PerformanceReport = None,
     fresh: Fresh = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
@@ -102,7 +104,14 @@ def run(
             _show_plan(input, settings)
             return
         with ConsoleProgress(stdout) as progress:
-            result = braincensus.run(input, output, config=settings, fresh=fresh, progress=progress)
+            result = braincensus.run(
+                input,
+                output,
+                config=settings,
+                fresh=fresh,
+                progress=progress,
+                performance_report=performance_report,
+            )
         stdout.print(result_table(result))
 
 

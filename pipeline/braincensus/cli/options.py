@@ -200,6 +200,12 @@ TlsKey = Annotated[
 Workers = Annotated[
     int | None, typer.Option(help="worker processes of a local cluster", rich_help_panel=_COMPUTE)
 ]
+PerformanceReport = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="HTML", help="save Dask's report of the run: tasks, profile, memory", rich_help_panel=_COMPUTE
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier output of braincensus")]
 Fresh = Annotated[
     bool,

@@ -64,7 +64,7 @@ def connect(
             _check_gpus(client, resources, compute)
             yield client, resources
         return
-    with _local_cluster(resources, compute.dashboard_port) as cluster, Client(cluster) as client:
+    with _local_cluster(resources, compute) as cluster, Client(cluster) as client:
         yield client, resources
 
 
@@ -79,12 +79,13 @@ def _check_gpus(client: Client, resources: Resources, compute: Compute) -> None:
         )
 
 
-def _local_cluster(resources: Resources, port: int) -> Any:
+def _local_cluster(resources: Resources, compute: Compute) -> Any:
+    dashboard, port = compute.dashboard_host, compute.dashboard_port
     common: dict[str, Any] = {
         "n_workers": resources.workers,
         "threads_per_worker": resources.threads,
         "memory_limit": resources.memory_bytes,
-        "dashboard_address": f"127.0.0.1:{managers.free_port(port)}",
+        "dashboard_address": f"{dashboard}:{managers.free_port(port, dashboard)}",
         "silence_logs": logging.CRITICAL,  # our own message tells what failed
         "host": "127.0.0.1",
     }

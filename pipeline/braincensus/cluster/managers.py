@@ -39,12 +39,12 @@ def missing_extra(package: str, extra: str, what: str) -> ConfigError:
     )
 
 
-def free_port(port: int) -> int:
+def free_port(port: int, host: str = "127.0.0.1") -> int:
     """Fall back to any port where the wanted one is taken, instead of Dask's warning."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError:
             return 0
     return port

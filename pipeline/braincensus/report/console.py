@@ -19,23 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from braincensus.planning import Plan, gib
+from braincensus.progress import COUNTED, STAGE_TITLES
 from braincensus.result import Result
 
-_STAGES = {
-    "convert": "converting the input",
-    "phantom": "writing the phantom",
-    "intensity": "intensity range",
-    "segment": "foreground",
-    "threshold": "threshold",
-    "label": "labelling",
-    "stitch": "stitching",
-    "relabel": "final labels",
-    "measure": "cell table, density",
-    "pyramid": "pyramids",
-    "train": "training",
-    "calibrate": "calibrating",
-}
-_COUNTED = {"measure", "train", "calibrate"}
 _SUSPICIOUS = 4.0
 """Standard deviations from which the density beside seams is no chance."""
 
@@ -83,7 +69,7 @@ class ConsoleProgress:
         """Begin a stage."""
         self._totals[stage] = voxels
         self._tasks[stage] = self._bars.add_task(
-            _STAGES.get(stage, stage), total=max(voxels, 1), counted=stage in _COUNTED
+            STAGE_TITLES.get(stage, stage), total=max(voxels, 1), counted=stage in COUNTED
         )
 
     def advance(self, stage: str, voxels: int) -> None:
@@ -95,11 +81,11 @@ class ConsoleProgress:
         self._bars.update(self._tasks[stage], completed=max(self._totals[stage], 1))
         if not self._console.is_terminal:
             rate = (
-                ""
-                if stage in _COUNTED
-                else f", {self._totals[stage] / max(seconds, 1e-9) / 1e6:.1f} Mvoxel/s"
+                "" if stage in COUNTED else f", {self._totals[stage] / max(seconds, 1e-9) / 1e6:.1f} Mvoxel/s"
             )
-            self._console.print(f"{_STAGES.get(stage, stage):<22}{seconds:8.1f} s{rate}", highlight=False)
+            self._console.print(
+                f"{STAGE_TITLES.get(stage, stage):<22}{seconds:8.1f} s{rate}", highlight=False
+            )
 
 
 def plan_table(plan: Plan) -> Table:

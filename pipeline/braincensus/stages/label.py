@@ -130,7 +130,12 @@ def run(context: Context, *, scale: IntensityScale, threshold: float) -> list[Bl
             name="label-block",
             classes=(BlockSummary, Box),
         )
-        return sorted((summary for _, summary in results), key=lambda summary: summary.number)
+        summaries, cells = [], 0
+        for _, summary in results:
+            summaries.append(summary)
+            cells += summary.cells_owned
+            context.watch.cells(cells)
+        return sorted(summaries, key=lambda summary: summary.number)
 
 
 def needs_touching(plan: Plan) -> bool:

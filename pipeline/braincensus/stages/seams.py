@@ -132,6 +132,13 @@ def audit(
     for _, found in context.map("stitch", _audit_block, spec, grid, name="audit-seams", classes=(FaceAudit,)):
         for face in found:
             tally.add(face)
+        context.watch.seams(
+            in_all=grid.n_faces,
+            faces=tally.faces,
+            voxels=tally.voxels,
+            crossings=tally.crossings,
+            disagreeing=tally.disagreeing,
+        )
     same = resolve_disagreements(tally.unlike)
     finish = partial(_seam_audit, context.plan.config.labelling.method, tally, aliases.size, blocks, grid)
     return same, finish

@@ -60,6 +60,7 @@ def run(
                 held.append(found)
         excluded = None if largest is None else _of_large_objects(context, aliases, scale, held)
         index = numbering.number(context, aliases, in_layers.tolist(), excluded)
+        context.watch.cells(index.n_cells)
     counts = {"merged_by_border": by_border, "removed_by_filters": seen - index.n_cells}
     return index, finish(len(disagreed)), counts
 
