@@ -15,6 +15,7 @@ from bokeh.document import Document
 from bokeh.models import (
     ColumnDataSource,
     Div,
+    FixedTicker,
     HoverTool,
     LabelSet,
     NumeralTickFormatter,
@@ -39,27 +40,27 @@ if TYPE_CHECKING:
 
 PATH = "/braincensus"
 _EVERY_MS = 500
-_VIEWS = {"top": (0, "y", "x"), "front": (1, "z", "x")}
+_NAME_ROWS = 4
+_NAME_WIDTH = 0.0125
+"""Of a letter in the plot of rates, as a share of the plot."""
+_VIEWS = {"top": (0, "y", "x"), "side": (2, "y", "z")}
 _AXIS = {"z": 0, "y": 1, "x": 2}
-_MAP_WIDTH, _MAP_HEIGHT, _LEAST_HEIGHT = 500, 400, 40
-_CELL = 8
-_MOST_CELLS = 96
+_MAP_WIDTH, _MAP_HEIGHT, _LEAST_SIDE = 560, 460, 40
+_MOST_LINES = 64
 
 _TEMPLATE = """
 {% extends "base.html" %}
 {% block extra_resources %}
-<title>braincensus</title>
+<script>document.title = "braincensus";</script>
 <style>
-  body { background: #f4f6f8; height: auto; }
+  html, body { background: #f4f6f8; height: auto; }
   .bc { display: grid; gap: 14px; max-width: 1560px; margin: 14px auto 10px;
         grid-template-columns: minmax(0, 1.02fr) minmax(0, 1fr); }
   .bc > div { background: white; border: 1px solid #e3e7eb; border-radius: 8px; padding: 16px 18px; }
   .bc .full { grid-column: 1 / -1; }
-  .bc .two { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 14px;
-             background: none; border: 0; padding: 0; }
   .bc .column { display: flex; flex-direction: column; gap: 14px; background: none; border: 0; padding: 0; }
   .bc .column > div { background: white; border: 1px solid #e3e7eb; border-radius: 8px; padding: 16px 18px; }
-  .bc .map { display: flex; flex-direction: column; align-items: stretch; }
+  .bc .views { display: flex; gap: 6px; justify-content: center; margin: 2px 0 10px; }
   @media (max-width: 1000px) { .bc { grid-template-columns: minmax(0, 1fr); } }
 </style>
 {% endblock %}
@@ -68,14 +69,15 @@ _TEMPLATE = """
 <div class="bc">
   <div class="full">{{ embed(roots.choice) }}{{ embed(roots.heading) }}</div>
   <div class="column">
-    <div class="map">{{ embed(roots.map_title) }}{{ embed(roots.top) }}{{ embed(roots.front) }}
+    <div>{{ embed(roots.map_title) }}
+      <div class="views">{{ embed(roots.top) }}{{ embed(roots.side) }}</div>
       {{ embed(roots.legend) }}</div>
+    <div>{{ embed(roots.seams) }}</div>
     <div>{{ embed(roots.notes) }}</div>
   </div>
   <div class="column">
     <div>{{ embed(roots.stages) }}</div>
     <div>{{ embed(roots.rate) }}</div>
-    <div>{{ embed(roots.seams) }}</div>
     <div>{{ embed(roots.workers) }}</div>
   </div>
 </div>
@@ -129,7 +131,7 @@ class Page:
         self._chosen = "newest"
         self._shown: tuple[Any, ...] = ()
         self._texts = {
-            name: Div(text="", name=name, stylesheets=[STYLE], sizing_mode="stretch_width")
+            name: Div(text="", name=name, stylesheets=[STYLE], sizing_mode="stretch_width", margin=0)
             for name in ("heading", "stages", "map_title", "legend", "seams", "workers", "notes")
         }
         self._choice = Select(name="choice", options=[], value="newest", visible=False, width=420)
@@ -218,11 +220,12 @@ class _View:
             outline_line_color=RULE,
             x_axis_label=f"{self._across} (mm)",
             y_axis_label=f"{self._down} (mm)",
-            align="center",
         )
         _quiet(self.figure)
-        self.figure.grid.visible = False
-        greys = [f"#{v:02x}{v:02x}{v:02x}" for v in np.linspace(255, 95, 256).astype(int)]
+        self.figure.grid.level = "overlay"
+        self.figure.grid.grid_line_color = "white"
+        self.figure.grid.grid_line_alpha = 0.75
+        greys = [f"#{v:02x}{v:02x}{v:02x}" for v in np.linspace(255, 135, 256).astype(int)]
         self.figure.image("image", x=0, y=0, dw="dw", dh="dh", source=self._picture, palette=greys)
         self.figure.image_rgba("image", x=0, y=0, dw="dw", dh="dh", source=self._blocks)
         columns = self.figure.image(
@@ -249,6 +252,13 @@ class _View:
         self._x.end, self._y.start = width, height
         where = {"dw": [cut[_AXIS[self._across]]], "dh": [cut[_AXIS[self._down]]]}
         found = shares(states, (counts[0], counts[1], counts[2]), axis=self._axis)
+        if self._axis == 2:  # z is across: rows are y
+            found = {name: np.ascontiguousarray(share.T) for name, share in found.items()}
+        for lines, axis in ((self.figure.xgrid, self._across), (self.figure.ygrid, self._down)):
+            n, length = counts[_AXIS[axis]], cut[_AXIS[axis]]
+            lines.ticker = FixedTicker(
+                ticks=[length * i / n for i in range(1, n)] if n <= _MOST_LINES else []
+            )
         columns = {name: [share.astype(np.uint32)] for name, share in found.items()}
         self._columns.data = {"image": [np.zeros(found["done"].shape, np.uint8)], **where, **columns}
         self._blocks.data = {"image": [paint(found)], **where}
@@ -259,9 +269,9 @@ class _View:
     def _fit(self, volume: list[float]) -> None:
         """Give both views one scale, so that the brain has its own proportions."""
         z, y, x = volume
-        scale = min(_MAP_WIDTH / x, _MAP_HEIGHT / (y + z))
-        self.figure.frame_width = max(_LEAST_HEIGHT, round(scale * x))
-        self.figure.frame_height = max(_LEAST_HEIGHT, round(scale * volume[_AXIS[self._down]]))
+        scale = min(_MAP_WIDTH / (x + z), _MAP_HEIGHT / y)
+        self.figure.frame_width = max(_LEAST_SIDE, round(scale * volume[_AXIS[self._across]]))
+        self.figure.frame_height = max(_LEAST_SIDE, round(scale * y))
 
 
 def paint(found: dict[str, np.ndarray]) -> np.ndarray:
@@ -275,8 +285,7 @@ def paint(found: dict[str, np.ndarray]) -> np.ndarray:
     Returns
     -------
     array
-        RGBA, as Bokeh draws it: uint32, several pixels for a column, with a gap between columns where
-        there are few enough of them.
+        RGBA, as Bokeh draws it: uint32, a pixel for each column.
     """
     whole = np.maximum(sum(found.values()), 1)
     rgba = np.zeros((*found["done"].shape, 4), np.float64)
@@ -293,10 +302,6 @@ def paint(found: dict[str, np.ndarray]) -> np.ndarray:
         there = found[name] > 0
         rgba[there, :3], rgba[there, 3] = _rgb(name), 0.85
     pixels = (np.clip(rgba, 0, 1) * 255).astype(np.uint8)
-    if max(pixels.shape[:2]) <= _MOST_CELLS:
-        pixels = pixels.repeat(_CELL, axis=0).repeat(_CELL, axis=1)
-        pixels[_CELL - 1 :: _CELL, :, 3] = 0
-        pixels[:, _CELL - 1 :: _CELL, 3] = 0
     packed: np.ndarray = np.ascontiguousarray(pixels).view(np.uint32)[..., 0]
     return packed
 
@@ -345,7 +350,7 @@ class _Rate:
         if not history:
             return
         times, rates = [t for t, _, _ in history], [r / 1e6 for _, r, _ in history]
-        top = 1.25 * max(max(rates), 1e-3)
+        top = 1.3 * max(max(rates), 1e-3)
         end = max(30.0, told["elapsed_s"])
         if (told["run"], len(times), times[-1], top) == self._now:
             return
@@ -355,14 +360,16 @@ class _Rate:
         begins: dict[str, float] = {}
         for t, _, stage in history:
             begins.setdefault(stage, t)
-        apart: list[tuple[str, float]] = []
+        free = [0.0] * _NAME_ROWS  # from where on each row of names has room
+        heights = []
         for stage, t in begins.items():
-            named = not apart or t - max(s for _, s in apart if _) > 0.1 * end
-            apart.append((STAGE_TITLES.get(stage, stage) if named else "", t))
+            row = next((n for n, since in enumerate(free) if t >= since), _NAME_ROWS - 1)
+            free[row] = t + end * _NAME_WIDTH * len(STAGE_TITLES.get(stage, stage))
+            heights.append(top * (1 - 0.09 * row))
         self._marks.data = {
-            "t": [t for _, t in apart],
-            "y": [top] * len(apart),
-            "text": [text for text, _ in apart],
+            "t": list(begins.values()),
+            "y": heights,
+            "text": [STAGE_TITLES.get(stage, stage) for stage in begins],
         }
 
 

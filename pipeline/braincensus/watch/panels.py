@@ -25,6 +25,7 @@ INK, MUTED, RULE = "#1f2a33", "#66727d", "#e3e7eb"
 
 STYLE = f"""
 :host {{ display: block; width: 100%; }}
+.bk-clearfix {{ display: block; width: 100%; }}
 * {{ box-sizing: border-box; }}
 div, td, th, span {{ font-family: Helvetica, Arial, "Liberation Sans", sans-serif; color: {INK}; }}
 .muted {{ color: {MUTED}; }}
@@ -114,8 +115,8 @@ def heading(told: dict[str, Any], *, silent_s: float, retries: int) -> str:
         (f"{100 * told['fraction']:.0f} %", "of the run"),
         (duration(max(0.0, told["left_s"])) if now else "–", "left, about"),
         (duration(elapsed), "so far" if now else "in all"),
-        (rate(told["rate_now"]) if now else "–", "Mvoxel/s now"),
-        (rate(mean), "Mvoxel/s, mean of all stages"),
+        (rate(told["rate_now"]) if now and told["rate_now"] else "–", "Mvoxel/s now"),
+        (rate(mean) if mean else "–", "Mvoxel/s, mean of the stages"),
         ("–" if told["cells"] is None else f"{told['cells']:,}", "cells" if not now else "cells so far"),
         (f"{retries:,}", "blocks tried again"),
     ]
@@ -165,13 +166,18 @@ def map_title(told: dict[str, Any]) -> str:
     about = told["blocks"]
     if about is None:
         return "<h2>Blocks</h2>"
-    n = about["counts"][0] * about["counts"][1] * about["counts"][2]
-    size = " × ".join(str(v) for v in about["extent_voxels"])
-    what = "1 block" if n == 1 else f"{n:,} blocks"
+    z, y, x = about["counts"]
+    n, volume = z * y * x, tuple(told["shape"])
+    whole = tuple(about["grid_shape"])
+    if whole[1:] == (1, 1) and volume[1:] != (1, 1):  # of a table, not of the volume
+        what = "all at once" if n == 1 else f"{n:,} parts"
+    else:
+        size = " × ".join(str(side) for side in about["extent_voxels"])
+        what = f"{n:,} block{'' if n == 1 else 's'} of {size} voxels{'' if whole == volume else ', reduced'}"
     title = escape(STAGE_TITLES.get(about["stage"], about["stage"]))
     return (
         f"<h2>Blocks: {title} <span class='muted' style='font-weight:400'>"
-        f"· {escape(about['step'])} · {what} of {size} voxels</span></h2>"
+        f"· {escape(about['step'])} · {what}</span></h2>"
     )
 
 

@@ -38,26 +38,26 @@ def show_picture(watch: Unwatched, client: Client, output: Output) -> None:
 
 
 def draw(output: Output) -> dict[str, Any]:
-    """Return the volume seen from the top (y, x) and from the front (z, x): uint8, at most 320 pixels a side.
+    """Return the volume seen along z (y, x) and along x (y, z): uint8, at most 320 pixels a side.
 
     Returns
     -------
     dict
-        For ``top`` and ``front``: ``shape``, and ``pixels`` compressed; 255 is the brightest tissue.
+        For ``top`` and ``side``: ``shape``, and ``pixels`` compressed; 255 is the brightest tissue.
     """
     shape, chunk = output.array(TILE_MEDIAN).shape, output.array(TILE_MEDIAN).chunks
     step = tuple(-(-n // _MOST_PIXELS) for n in shape)
     small = tuple(-(-n // s) for n, s in zip(shape, step, strict=True))
-    top, front = (np.zeros((small[a], small[2]), np.float32) for a in (1, 0))
+    top, side = (np.zeros((small[1], small[a]), np.float32) for a in (2, 0))
     for z in range(0, shape[0], chunk[0]):
         for y in range(0, shape[1], chunk[1]):
             stop = (min(z + chunk[0], shape[0]), min(y + chunk[1], shape[1]), shape[2])
             median = np.nan_to_num(output.read_block(TILE_MEDIAN, Box((z, y, 0), stop)))
             zs, ys, xs = (np.arange(a, b) // s for a, b, s in zip((z, y, 0), stop, step, strict=True))
             np.maximum.at(top, np.ix_(ys, xs), median.max(axis=0))
-            np.maximum.at(front, np.ix_(zs, xs), median.max(axis=1))
-    brightest = float(np.percentile(top, 99.5)) or 1.0
-    return {name: _packed(view / brightest) for name, view in (("top", top), ("front", front))}
+            np.maximum.at(side, np.ix_(ys, zs), median.max(axis=2).T)
+    brightest = float(np.percentile(top, 97)) or 1.0
+    return {name: _packed(view / brightest) for name, view in (("top", top), ("side", side))}
 
 
 def _packed(view: np.ndarray) -> dict[str, Any]:

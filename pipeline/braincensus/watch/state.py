@@ -31,7 +31,9 @@ _MOST_LISTED = 50
 _UNESTIMATED = 0.02
 """Share of the whole that a stage is taken for of which the plan says nothing."""
 _FRACTION_TO_TRUST = 0.05
-_SECONDS_TO_TRUST = 2.0
+_DOUBT, _DOUBT_S = 0.1, 10.0
+"""What was seen counts against the estimates as if this share of them, and these seconds, had come true:
+the first blocks wait for workers that load their libraries."""
 
 
 @dataclass
@@ -268,13 +270,14 @@ class RunState:
         return sum(stage.estimate_s * stage.fraction for stage in stages) / whole if whole else 0.0
 
     def slowness(self, *, now: float) -> float:
-        """How many times longer than estimated things take; 1 until there is something to go by."""
+        """How many times longer than estimated things take; about 1 while there is little to go by."""
         seen = expected = 0.0
         for name, stage in self.stages.items():
             if stage.total and stage.status in ("running", "done"):
                 seen += self.seconds_of(name, now=now)
                 expected += stage.estimate_s * max(0, stage.worked) / stage.total
-        return seen / expected if seen >= _SECONDS_TO_TRUST and expected > 0 else 1.0
+        doubt = _DOUBT_S + _DOUBT * sum(stage.estimate_s for stage in self.stages.values())
+        return (seen + doubt) / (expected + doubt)
 
     def seconds_left(self, *, now: float) -> float:
         """How long the rest will take: the current stage at its own pace, the others as estimated, scaled."""

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 from uuid import uuid4
@@ -202,7 +202,7 @@ def watching(client: Client, plan: Plan, output: Output, progress: Progress) -> 
         now=time.monotonic(),
     )
     watch = Watch(state, progress)
-    sender = _Sender(client, watch)
+    sender = _Sender(client, watch, tell=progress.message)
     sender.start()
     try:
         yield watch
@@ -221,8 +221,8 @@ def watching(client: Client, plan: Plan, output: Output, progress: Progress) -> 
 class _Sender:
     """Sends pictures of a run from the client's event loop."""
 
-    def __init__(self, client: Client, watch: Watch) -> None:
-        self._client, self._watch = client, watch
+    def __init__(self, client: Client, watch: Watch, *, tell: Callable[[str], None]) -> None:
+        self._client, self._watch, self._tell = client, watch, tell
         self._closed = False
         self._task: asyncio.Task[None] | None = None
         self._shown = False
@@ -234,15 +234,15 @@ class _Sender:
             self._client.register_plugin(WatchPlugin(), name=NAME)
             found = self._client.sync(self._send, callback_timeout=_PATIENCE_S)
         except Exception as err:
-            self._watch.message(f"no braincensus page on the Dask dashboard: {_why(err)}")
+            self._tell(f"no braincensus page on the Dask dashboard: {_why(err)}")
             return
         self._shown = True
         link = self._client.dashboard_link
         if found and found.get("page") and link:
-            self._watch.message(f"this run: {link.rsplit('/', 1)[0]}/braincensus")
+            self._tell(f"this run: {link.rsplit('/', 1)[0]}/braincensus")
         else:
             why = (found or {}).get("why") or "the dashboard is off"
-            self._watch.message(f"no braincensus page on the Dask dashboard: {why}")
+            self._tell(f"no braincensus page on the Dask dashboard: {why}")
         self._client.loop.add_callback(self._begin)
 
     def close(self) -> None:
