@@ -32,7 +32,7 @@ from braincensus.tasks import map_blocks
 from braincensus.watch.page import document
 from braincensus.watch.plugin import NAME, WatchPlugin
 from braincensus.watch.state import RETRIED, RunState
-from braincensus.watch.tell import Watch, _Sender
+from braincensus.watch.tell import Watch, showing
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.phantom import Phantom
 
@@ -224,14 +224,10 @@ def watching_blocks(client: Client, grid: BlockGrid, output: str = "out") -> Ite
     """Show a stage that is no run."""
     state = RunState("r", "in", output, grid.volume_shape, (1, 1, 1), {"label": 1.0}, now=time.monotonic())
     watch = Watch(state, Silent())
-    sender = _Sender(client, watch, tell=lambda text: None)
-    sender.start()
-    watch.start("label", 4)
-    watch.blocks("label", "label-block", grid)
-    try:
+    with showing(client, watch, tell=lambda text: None):
+        watch.start("label", 4)
+        watch.blocks("label", "label-block", grid)
         yield watch
-    finally:
-        sender.close()
 
 
 class TestTrouble:
@@ -283,9 +279,9 @@ class TestTrouble:
         client = Client(watched.cluster, set_as_default=False)
         state = RunState("gone", "in", "gone", (4, 1, 1), (1, 1, 1), {"label": 1.0}, now=time.monotonic())
         watch = Watch(state, Silent())
-        _Sender(client, watch, tell=lambda text: None).start()
-        watch.blocks("label", "label-block", grid)
-        client.close()
+        with showing(client, watch, tell=lambda text: None):
+            watch.blocks("label", "label-block", grid)
+            client.close()
         deadline = time.monotonic() + 10
         while watched.plugin.runs["gone"].running and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -341,15 +337,13 @@ def told_by(file: str) -> tuple[list[str], str]:
     said: list[str] = []
     with Client(scheduler_file=file, set_as_default=False, timeout=30) as client:
         state = RunState("r", "in", "out", (4, 1, 1), (1, 1, 1), {"label": 1.0}, now=time.monotonic())
-        sender = _Sender(client, Watch(state, Silent()), tell=said.append)
-        sender.start()
         address = str(client.dashboard_link).rsplit("/", 1)[0]
-        try:
-            with urlopen(f"{address}/braincensus", timeout=10) as answer:
-                said.append(str(answer.status))
-        except (HTTPError, OSError) as err:
-            said.append(str(getattr(err, "code", err)))
-        sender.close()
+        with showing(client, Watch(state, Silent()), tell=said.append):
+            try:
+                with urlopen(f"{address}/braincensus", timeout=10) as answer:
+                    said.append(str(answer.status))
+            except (HTTPError, OSError) as err:
+                said.append(str(getattr(err, "code", err)))
     return said, address
 
 

@@ -202,10 +202,25 @@ def watching(client: Client, plan: Plan, output: Output, progress: Progress) -> 
         now=time.monotonic(),
     )
     watch = Watch(state, progress)
-    sender = _Sender(client, watch, tell=progress.message)
+    with showing(client, watch, tell=progress.message):
+        yield watch
+
+
+@contextmanager
+def showing(client: Client, watch: Watch, *, tell: Callable[[str], None]) -> Iterator[None]:
+    """Send what a watch is told to the client's scheduler, for as long as the context lasts.
+
+    Parameters
+    ----------
+    client, watch
+        Whose scheduler shows what.
+    tell
+        Told where the page is, or why there is none.
+    """
+    sender = _Sender(client, watch, tell=tell)
     sender.start()
     try:
-        yield watch
+        yield
     except Exception as err:
         watch.end("failed", str(err))
         raise
