@@ -222,6 +222,9 @@ class _View:
             y_axis_label=f"{self._down} (mm)",
         )
         _quiet(self.figure)
+        # One ticker for good: a page that is slow to connect must not meet models that it does not know.
+        self._across_lines, self._down_lines = FixedTicker(ticks=[]), FixedTicker(ticks=[])
+        self.figure.xgrid.ticker, self.figure.ygrid.ticker = self._across_lines, self._down_lines
         self.figure.grid.level = "overlay"
         self.figure.grid.grid_line_color = "white"
         self.figure.grid.grid_line_alpha = 0.75
@@ -254,11 +257,11 @@ class _View:
         found = shares(states, (counts[0], counts[1], counts[2]), axis=self._axis)
         if self._axis == 2:  # z is across: rows are y
             found = {name: np.ascontiguousarray(share.T) for name, share in found.items()}
-        for lines, axis in ((self.figure.xgrid, self._across), (self.figure.ygrid, self._down)):
+        for lines, axis in ((self._across_lines, self._across), (self._down_lines, self._down)):
             n, length = counts[_AXIS[axis]], cut[_AXIS[axis]]
-            lines.ticker = FixedTicker(
-                ticks=[length * i / n for i in range(1, n)] if n <= _MOST_LINES else []
-            )
+            between = [length * i / n for i in range(1, n)] if n <= _MOST_LINES else []
+            if lines.ticks != between:
+                lines.ticks = between
         columns = {name: [share.astype(np.uint32)] for name, share in found.items()}
         self._columns.data = {"image": [np.zeros(found["done"].shape, np.uint8)], **where, **columns}
         self._blocks.data = {"image": [paint(found)], **where}
