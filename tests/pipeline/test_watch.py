@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -179,21 +179,23 @@ class TestMetrics:
 
 class TestSeveralRuns:
     def test_two_at_once_and_one_after(self, watched: Watched, brain: Path, tmp_path: Path) -> None:
-        failures: list[BaseException] = []
-
-        def go(name: str) -> None:
-            try:
-                with Client(watched.cluster, set_as_default=False) as client:
-                    run(brain, tmp_path / name, config=CONFIG, client=client)
-            except BaseException as err:
-                failures.append(err)
-
-        threads = [threading.Thread(target=go, args=(name,)) for name in ("one.zarr", "two.zarr")]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not failures
+        script = (
+            "import json, sys, braincensus, distributed\n"
+            "config = braincensus.RunConfig().merged(json.loads(sys.argv[4]))\n"
+            "with distributed.Client(sys.argv[3]) as client:\n"
+            "    braincensus.run(sys.argv[1], sys.argv[2], config=config, client=client)\n"
+        )
+        about = [str(brain), str(tmp_path / "two.zarr"), watched.cluster.scheduler_address]
+        about.append(
+            json.dumps({name: CONFIG.model_dump()[name] for name in ("input", "foreground", "compute")})
+        )
+        other = subprocess.Popen([sys.executable, "-c", script, *about])
+        while other.poll() is None and not any(
+            seen.snapshot["output"].endswith("two.zarr") for seen in watched.plugin.runs.values()
+        ):
+            time.sleep(0.05)
+        run(brain, tmp_path / "one.zarr", config=CONFIG, client=watched.client)
+        assert other.wait(timeout=60) == 0
         run(brain, tmp_path / "one.zarr", config=CONFIG, client=watched.client, fresh=True)
         ours = [s for s in watched.plugin.runs.values() if str(tmp_path) in s.snapshot["output"]]
         assert sorted(Path(s.snapshot["output"]).name for s in ours) == ["one.zarr", "two.zarr"]  # not thrice
