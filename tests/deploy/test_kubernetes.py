@@ -27,7 +27,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 FILES = sorted(FOLDER.glob("cluster-*.yaml"))
 DOCUMENTS = [
     pytest.param(document, id=f"{path.stem}-{document['kind']}")
-    for path in sorted((FOLDER / "manifests").glob("*.yaml"))
+    for path in [*sorted((FOLDER / "manifests").glob("*.yaml")), FOLDER / "helm" / "networkpolicy.yaml"]
     for document in yaml.safe_load_all(path.read_text())
 ]
 MODELS = {
