@@ -16,7 +16,7 @@ ROOT = DEPLOY.parent
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("extra", ["cuda13", "cuda12", "slurm", "kubernetes", "monitoring"])
+@pytest.mark.parametrize("extra", ["cuda13", "cuda12", "slurm", "kubernetes"])
 def test_an_extra_resolves_with_our_dask(extra, tmp_path):
     report = tmp_path / "report.json"
     options = [
