@@ -9,7 +9,6 @@ tiles' largest values, proves of dark parts of the volume that no model can see 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -49,6 +48,9 @@ TILE_TOP = "braincensus/tile_top"
 _WINDOW = 64
 _WINDOW_STRIDE = 32
 _MOST_WINDOWS = 50_000  # about those of 2.4e9 voxels; of a larger volume, a sample of about as many
+
+_ODD = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
+_MIX = (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53)
 
 
 @dataclass(frozen=True)
@@ -231,19 +233,23 @@ def _candidate_windows(core: Box, median: np.ndarray, mean: np.ndarray, share: f
     for extent, side in zip(core.shape, shape, strict=True):
         last = (extent - side) // LATTICE * LATTICE
         origins.append(sorted({*range(0, last + 1, _WINDOW_STRIDE), last}))
-    which = np.ix_(*(np.array(o) // LATTICE for o in origins))
+    places = np.array(list(product(*origins)))
+    places = places[sampled(places + core.start, share)]
+    if not len(places):
+        return []
+    z, y, x = (places // LATTICE).T
 
     def percentile(values: np.ndarray, q: int) -> list[float]:
-        windows = sliding_window_view(values, tiles)[which].reshape(-1, prod(tiles))
+        windows = sliding_window_view(values, tiles)[z, y, x].reshape(len(places), -1)
         found: list[float] = np.percentile(windows, q, axis=1, overwrite_input=True).tolist()
         return found
 
     scores = zip(percentile(median, 10), percentile(mean - median, 75), strict=True)
-    windows = [
-        Window(Box((z, y, x), (z + shape[0], y + shape[1], x + shape[2])).shift(core.start), tissue, excess)
-        for (z, y, x), (tissue, excess) in zip(product(*origins), scores, strict=True)
+    whole = Box((0, 0, 0), (shape[0], shape[1], shape[2])).shift(core.start)
+    return [
+        Window(whole.shift((z, y, x)), tissue, excess)
+        for (z, y, x), (tissue, excess) in zip(places.tolist(), scores, strict=True)
     ]
-    return sample(windows, share)
 
 
 def share_of_windows(grid: BlockGrid) -> float:
@@ -252,20 +258,19 @@ def share_of_windows(grid: BlockGrid) -> float:
     return min(1.0, _MOST_WINDOWS / (len(grid) * prod(side_by_side)))
 
 
-def sample(windows: list[Window], share: float) -> list[Window]:
-    """Return about this part of the windows, chosen by a number that is drawn from the place of each.
+def sampled(places: np.ndarray, share: float) -> np.ndarray:
+    """Tell of each place, ``(n, 3)``, whether it is among about this part of all, as a hash of it decides.
 
-    So it depends neither on blocks nor on order which they are.
+    So it depends neither on blocks nor on order which windows are candidates.
     """
     if share >= 1:
-        return windows
-    least = int(share * 2**64)
-    return [window for window in windows if _draw(window) < least]
-
-
-def _draw(window: Window) -> int:
-    place = np.array(window.box.start, "<i8").tobytes()
-    return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little")
+        return np.ones(len(places), bool)
+    mixed = places.astype(np.uint64) @ np.array(_ODD, np.uint64)
+    for multiplier in _MIX:  # the finaliser of MurmurHash3
+        mixed = (mixed ^ (mixed >> np.uint64(33))) * np.uint64(multiplier)
+    mixed ^= mixed >> np.uint64(33)
+    chosen: np.ndarray = mixed < np.uint64(share * 2**64)
+    return chosen
 
 
 def _refuse_constant(extrema: tuple[float, float], volume: Volume) -> None:
