@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from braincensus.blockwise import label_blocks
-    from braincensus.census import plan, run
+    from braincensus.census import plan, preflight, run
     from braincensus.config import RunConfig
     from braincensus.errors import (
         BlockError,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         PlanError,
     )
     from braincensus.planning import Plan
+    from braincensus.preflight_checks import Preflight
     from braincensus.result import Result, open_result
     from braincensus.volume import Volume, open_volume
 
@@ -36,6 +37,7 @@ _HOME = {
     "InputError": "errors",
     "OutputError": "errors",
     "Plan": "planning",
+    "Preflight": "preflight_checks",
     "PlanError": "errors",
     "Result": "result",
     "RunConfig": "config",
@@ -44,6 +46,7 @@ _HOME = {
     "open_result": "result",
     "open_volume": "volume",
     "plan": "census",
+    "preflight": "census",
     "run": "census",
 }
 
@@ -57,6 +60,7 @@ __all__ = [
     "OutputError",
     "Plan",
     "PlanError",
+    "Preflight",
     "Result",
     "RunConfig",
     "Volume",
@@ -65,6 +69,7 @@ __all__ = [
     "open_result",
     "open_volume",
     "plan",
+    "preflight",
     "run",
 ]
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,17 +13,28 @@ from typing import Any
 from distributed import Client
 
 from braincensus import cluster, manifest
-from braincensus.config import RunConfig, SupervisedForeground, WNet3DForeground
-from braincensus.errors import ConfigError, InputError, explain
-from braincensus.formats.convert import COPYING
-from braincensus.manifest import Continuation
-from braincensus.planning import Plan, make_plan
+from braincensus import preflight_checks as checks
+from braincensus.config import RunConfig
+from braincensus.errors import InputError
+from braincensus.planning import Plan
+from braincensus.preflight_checks import Preflight
+from braincensus.preparing import (
+    as_before,
+    connect,
+    continuation,
+    earlier_at,
+    free_disk,
+    open_input,
+    plan_for,
+    scratch_beside,
+    scratch_for,
+    weights_for,
+)
 from braincensus.progress import Progress, Silent
 from braincensus.result import Result
 from braincensus.stages import intensity, label, measure, pyramid, relabel, segment, stitch, threshold
 from braincensus.stages.norms import Calibration, set_norms
 from braincensus.store import (
-    Output,
     check_free,
     create_output,
     open_output,
@@ -35,19 +42,13 @@ from braincensus.store import (
     write_blocks_table,
 )
 from braincensus.store.lock import locked
-from braincensus.store.root import recorded_at
 from braincensus.tasks import Context
-from braincensus.volume import Volume, open_volume
+from braincensus.volume import Volume
 from braincensus.watch.picture import show_picture
 from braincensus.watch.report import check_report, reporting
 from braincensus.watch.tell import watching
-from braincensus.weights.files import find_weights
-from braincensus.weights.supervised import load_for, settled
-from braincensus_kernels.models.calibrate import stored_calibration
-from braincensus_kernels.models.checkpoints import Weights, load_weights
-from braincensus_kernels.models.predict import resolve_precision
+from braincensus_kernels.models.checkpoints import Weights
 from braincensus_kernels.models.supervised.networks import SupervisedWeights
-from braincensus_kernels.models.supervised.predict import resolve_supervised_precision
 
 _RECORDED = (
     "braincensus",
@@ -118,25 +119,27 @@ def run(
     output = Path(output)
     check_report(performance_report)
     protect = [input] if isinstance(input, str | Path) else []
-    earlier = None if fresh else _earlier(output)
+    earlier = None if fresh else earlier_at(output)
     if earlier is None:
         check_free(output, overwrite=fresh, protect=protect)
     # Everything that can be refused is, before the input is copied (where it must be) or computed on.
-    described = _open(input, config, _scratch_for(output), Silent(), copy=False)
-    weights = _weights(config)
+    described = open_input(input, config, scratch_for(output), Silent(), copy=False)
+    weights = weights_for(config)
     resources = cluster.resources_for(config.compute, client, wait_s=config.compute.worker_wait_s)
-    plan = _plan(described, _as_before(config, earlier), weights, resources)
-    plan.check(free_disk_bytes=_free_disk(output) if earlier is None else None)
-    with locked(output.absolute()) as lock, _scratch(output) as scratch:
-        how = _continuation(plan, weights, earlier)
+    plan = plan_for(described, as_before(config, earlier), weights, resources)
+    plan.check(free_disk_bytes=free_disk(output) if earlier is None else None)
+    with locked(output.absolute()) as lock, scratch_beside(output) as scratch:
+        how = continuation(plan, weights, earlier)
         if how.finished:
             progress.message(how.report())
             if performance_report is not None:
                 progress.message("no performance report: nothing was left to compute")
             return Result(open_output(output))
-        volume = _open(input, config, scratch, progress, copy=True)
-        with _connected(plan, client, progress) as (connected, resources):
+        volume = open_input(input, config, scratch, progress, copy=True)
+        with connect(plan, client, progress) as (connected, resources):
             plan = replace(plan, volume=volume, resources=resources)
+            if client is not None or config.compute.cluster not in ("local", "cuda"):
+                checks.check_workers(connected, volume, output)
             if connected.dashboard_link:
                 progress.message(f"Dask dashboard: {connected.dashboard_link}")
             if earlier is None:
@@ -166,8 +169,87 @@ def plan(input: Any, *, config: RunConfig | None = None, client: Client | None =
     """
     config = config or RunConfig()
     # A run has a scratch folder, so that arrays in memory are copied too; here it stays unused.
-    volume = _open(input, config, Path(), Silent(), copy=False)
-    return _plan(volume, config, _weights(config), cluster.resources_for(config.compute, client))
+    volume = open_input(input, config, Path(), Silent(), copy=False)
+    return plan_for(volume, config, weights_for(config), cluster.resources_for(config.compute, client))
+
+
+def preflight(
+    input: Any,
+    output: str | Path | None = None,
+    *,
+    config: RunConfig | None = None,
+    client: Client | None = None,
+    measured: bool = True,
+    progress: Progress | None = None,
+) -> Preflight:
+    """Check what a long run needs, and time its stages on a part of the volume; nothing of it stays.
+
+    Parameters
+    ----------
+    input, config, client, progress
+        As `run`.
+    output
+        Where the run would write: whether it may, and what it would keep of an earlier run, is checked too.
+    measured
+        Start or use the cluster: check every worker, and measure. False: only what needs no worker.
+
+    Returns
+    -------
+    Preflight
+        The plan, what was found, what would be kept, and how long the run would take here.
+
+    Raises
+    ------
+    BraincensusError
+        What would end the run, as it would: a damaged input, an output that cannot be written or is another
+        input's, workers with other versions or without the files. Whether it fits is asked with
+        ``preflight(...).plan.check(...)``.
+    """
+    config, progress = config or RunConfig(), progress or Silent()
+    output = None if output is None else Path(output)
+    earlier = None if output is None else earlier_at(output)
+    if output is not None and earlier is None:
+        check_free(output, overwrite=False, protect=[input] if isinstance(input, str | Path) else [])
+    volume = open_input(input, config, Path(), Silent(), copy=False)
+    weights = weights_for(config)
+    resources = cluster.resources_for(config.compute, client)
+    plan = plan_for(volume, as_before(config, earlier), weights, resources)
+    findings = [] if output is None else [checks.check_output(output)]
+    findings.append(checks.check_input(volume))
+    kept = "" if earlier is None else continuation(plan, weights, earlier).report()
+    if not measured:
+        return Preflight(plan, tuple(findings), kept, None)
+    beside = checks.nearest_folder(output or Path("any"))
+    with (
+        connect(plan, client, progress) as (connected, resources),
+        tempfile.TemporaryDirectory(prefix=".preflight.", dir=beside) as scratch,
+    ):
+        plan = replace(plan, resources=resources)
+        findings += checks.check_workers(connected, volume, output)
+        findings += checks.check_gpus(connected, plan)
+        if volume.needs_copy:
+            findings.append(checks.Finding("time", False, "not measured: the input must be copied first"))
+            return Preflight(plan, tuple(findings), kept, None)
+
+        def on_part(part: Volume, name: str) -> tuple[Plan, dict[str, float]]:
+            blocks = {"compute": {"block_voxels": plan.label_grid.block_shape}}
+            small = plan_for(part, plan.config.merged(blocks), weights, resources)
+            store = create_output(
+                Path(scratch) / f"{name}.zarr", overwrite=False, voxel_size_um=volume.voxel_size_um
+            )
+            context = Context(small, store, connected, Silent())
+            _run_stages(context, weights)
+            return small, context.timings_s
+
+        part = checks.part_of(plan)
+        progress.message(f"timing the stages on {' x '.join(map(str, part.shape))} voxels: a minute or two")
+        try:
+            found = checks.measure(plan, part, on_part)
+        except InputError as err:  # a part may be empty where the whole is not
+            first, *_ = str(err).splitlines()
+            findings.append(checks.Finding("time", False, f"not measured: {first}"))
+            return Preflight(plan, tuple(findings), kept, None)
+    return Preflight(plan, tuple(findings), kept, found)
 
 
 def calibrate(
@@ -193,14 +275,14 @@ def calibrate(
         As `run`.
     """
     progress = progress or Silent()
-    weights = _weights(config)
+    weights = weights_for(config)
     assert weights is not None, "a network with norms"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".calibration.", dir=folder) as scratch:
-        volume = _open(input, config, Path(scratch) / "input", progress, copy=True)
-        plan = _plan(volume, config, weights, cluster.resources_for(config.compute, client))
+        volume = open_input(input, config, Path(scratch) / "input", progress, copy=True)
+        plan = plan_for(volume, config, weights, cluster.resources_for(config.compute, client))
         plan.check()
-        with _connected(plan, client, progress) as (connected, resources):
+        with connect(plan, client, progress) as (connected, resources):
             store = create_output(
                 Path(scratch) / "stages.zarr", overwrite=False, voxel_size_um=volume.voxel_size_um
             )
@@ -252,29 +334,6 @@ def _run_stages(context: Context, weights: Weights | SupervisedWeights | None) -
     return Result(store)
 
 
-def _earlier(output: Path) -> Output | None:
-    """Return what an earlier run left at this path, or None where there is nothing of ours."""
-    if not output.exists() or output.is_symlink() or recorded_at(output) is None:
-        return None
-    return open_output(output, allow_incomplete=True)
-
-
-def _continuation(
-    plan: Plan, weights: Weights | SupervisedWeights | None, earlier: Output | None
-) -> Continuation:
-    settings = manifest.settings_of(plan, weights_sha256=weights.sha256 if weights else "")
-    return manifest.begin(settings) if earlier is None else manifest.continue_from(earlier, settings)
-
-
-def _as_before(config: RunConfig, earlier: Output | None) -> RunConfig:
-    """Keep the blocks of the earlier run where none are asked for: free memory may have chosen others now."""
-    if earlier is None or config.compute.block_voxels is not None:
-        return config
-    recorded = earlier.provenance.get("manifest", {}).get("settings", {}).get("threshold", {})
-    block = recorded.get("block_voxels")
-    return config if block is None else config.merged({"compute": {"block_voxels": block}})
-
-
 def _begin(plan: Plan) -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _RECORDED}},
@@ -296,114 +355,3 @@ def _begin(plan: Plan) -> dict[str, Any]:
         },
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _open(input: Any, config: RunConfig, scratch: Path, progress: Progress, *, copy: bool) -> Volume:
-    volume = open_volume(
-        input,
-        channel=config.input.channel,
-        timepoint=config.input.timepoint,
-        level=config.input.level,
-        voxel_size_um=config.input.voxel_size_um,
-        scratch=scratch,
-        progress=_ConvertStage(progress),
-        copy=copy,
-    )
-    for note in volume.notes:
-        progress.message(note)
-    return volume
-
-
-class _ConvertStage:
-    """Shows the chunked copy of the input as a stage of the run, `convert`."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._began: float | None = None
-        self._done = 0
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Take what `open_volume` tells: voxels done so far, first before any is copied."""
-        if what != COPYING:
-            return
-        if self._began is None:
-            self._began, self._done = time.perf_counter(), done
-            self._progress.start("convert", total - done)  # an interrupted copy is continued
-        self._progress.advance("convert", done - self._done)
-        self._done = done
-        if done == total:
-            self._progress.finish("convert", time.perf_counter() - self._began)
-
-
-def _weights(config: RunConfig) -> Weights | SupervisedWeights | None:
-    """Load the weights on the client first, so that a wrong file is refused before anything runs."""
-    foreground = config.foreground
-    if isinstance(foreground, SupervisedForeground):
-        return load_for(foreground)
-    if not isinstance(foreground, WNet3DForeground):
-        return None
-    found = find_weights(foreground.weights)
-    try:
-        weights = load_weights(found)
-        stored = stored_calibration(weights) if foreground.calibration == "stored" else None
-    except ValueError as err:
-        raise InputError(f"the weights {foreground.weights} cannot be used: {err}") from err
-    if foreground.calibration == "stored" and stored is None:
-        raise ConfigError(
-            explain(
-                f"the weights {foreground.weights} bring no calibration",
-                expected="norm statistics in the file, for foreground.calibration: stored",
-                remedy="`braincensus weights calibrate` measures and stores them; or leave "
-                "foreground.calibration out",
-            )
-        )
-    return weights
-
-
-def _plan(
-    volume: Volume,
-    config: RunConfig,
-    weights: Weights | SupervisedWeights | None,
-    resources: cluster.Resources,
-) -> Plan:
-    precision = "float32"
-    if isinstance(config.foreground, WNet3DForeground):
-        precision = resolve_precision(config.foreground.precision, resources.device)
-    elif isinstance(weights, SupervisedWeights):
-        assert isinstance(config.foreground, SupervisedForeground)
-        precision = resolve_supervised_precision(config.foreground.precision, resources.device)
-        config = settled(config, weights)
-    return make_plan(
-        volume, config, resources, channels=weights.channels if weights else None, precision=precision
-    )
-
-
-@contextmanager
-def _connected(
-    plan: Plan, client: Client | None, progress: Progress
-) -> Iterator[tuple[Client, cluster.Resources]]:
-    if client is not None:
-        yield client, plan.resources
-    else:
-        with cluster.connect(plan.config.compute, plan.resources, progress) as connected:
-            yield connected
-
-
-def _scratch_for(output: Path) -> Path:
-    """Where a converted copy of the input may be."""
-    return output.absolute().parent / f".{output.name}.input"
-
-
-@contextmanager
-def _scratch(output: Path) -> Iterator[Path]:
-    """Give a place beside the output for a converted copy of the input; removed when the run succeeds."""
-    scratch = _scratch_for(output)
-    yield scratch
-    shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _free_disk(output: Path) -> int | None:
-    place = output.absolute().parent
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return shutil.disk_usage(place).free

@@ -101,7 +101,7 @@ def run(
 
         settings = read_settings(context.params)
         if dry_run:
-            _show_plan(input, settings)
+            _show_plan(input, output, settings)
             return
         with ConsoleProgress(stdout) as progress:
             result = braincensus.run(
@@ -118,6 +118,16 @@ def run(
 def plan(
     context: typer.Context,
     input: Input,
+    output: Annotated[
+        Path | None, typer.Argument(metavar="[OUTPUT]", help="where `run` would write", show_default=False)
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="check the workers, time the stages on a part of the volume")
+    ] = False,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(metavar="PRICE", min=0, help="of all machines: says the cost"),
+    ] = None,
     config: ConfigFile = None,
     channel: Channel = None,
     timepoint: Timepoint = None,
@@ -141,9 +151,13 @@ def plan(
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
 ) -> None:
-    """Print what a run would do: blocks, halo, memory, disk, time. Nothing is computed or written."""
+    """Print what a run would do: blocks, halo, memory, disk, time. Nothing that is written stays.
+
+    A sample of the input is read. With OUTPUT, it says whether that can be written, and what of an earlier
+    run would be kept. With --measure it checks every worker, and times the stages on a part of the volume.
+    """
     with explaining():
-        _show_plan(input, read_settings(context.params))
+        _show_plan(input, output, read_settings(context.params), measure=measure, price=price_per_hour)
 
 
 def info(
@@ -175,10 +189,17 @@ def config() -> None:
     sys.stdout.write(commented_yaml())
 
 
-def _show_plan(input: str, settings: Any) -> None:
+def _show_plan(
+    input: str, output: Path | None, settings: Any, *, measure: bool = False, price: float | None = None
+) -> None:
     import braincensus
-    from braincensus.report.console import plan_table
+    from braincensus.preparing import free_disk
+    from braincensus.report.console import ConsoleProgress, plan_table
 
-    planned = braincensus.plan(input, config=settings)
-    stdout.print(plan_table(planned))
-    planned.check()
+    with ConsoleProgress(stdout) as progress:
+        found = braincensus.preflight(
+            input, output, config=settings, measured=measure, progress=progress if measure else None
+        )
+    stdout.print(plan_table(found, price_per_hour=price))
+    anew = output is not None and not found.kept
+    found.plan.check(free_disk_bytes=free_disk(output) if output is not None and anew else None)

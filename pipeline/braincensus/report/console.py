@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from braincensus.planning import Plan, gib
+from braincensus.preflight_checks import Preflight
 from braincensus.progress import COUNTED, STAGE_TITLES
 from braincensus.result import Result
 
@@ -88,8 +89,9 @@ class ConsoleProgress:
             )
 
 
-def plan_table(plan: Plan) -> Table:
-    """Lay out what a run would do."""
+def plan_table(found: Preflight, *, price_per_hour: float | None = None) -> Table:
+    """Lay out what a run would do, and what was found before it."""
+    plan = found.plan
     volume, grid = plan.volume, plan.label_grid
     table = Table(title="Plan", show_header=False, title_justify="left")
     table.add_column(style="bold")
@@ -106,14 +108,28 @@ def plan_table(plan: Plan) -> Table:
         f"{gib(plan.resources.memory_bytes)} each, {plan.resources.device}, cluster {plan.resources.cluster}",
         "memory per worker": ", ".join(f"{name} {gib(size)}" for name, size in plan.memory_bytes.items()),
         "disk": ", ".join(f"{name} {gib(size)}" for name, size in plan.disk_bytes.items()),
-        "time, rough": f"{_duration(sum(plan.seconds.values()))} ("
-        + ", ".join(f"{name} {_duration(s)}" for name, s in plan.seconds.items())
-        + ")",
+        "an earlier run": found.kept,
+        **_time(found, price_per_hour),
+        **{finding.check: ("" if finding.fine else "! ") + finding.text for finding in found.findings},
     }
     for name, text in rows.items():
         if text:
             table.add_row(name, text)
     return table
+
+
+def _time(found: Preflight, price_per_hour: float | None) -> dict[str, str]:
+    measured = found.measured
+    stages = found.plan.seconds if measured is None else measured.seconds
+    text = f"{_duration(found.seconds)} (" + ", ".join(f"{k} {_duration(s)}" for k, s in stages.items()) + ")"
+    if measured is None:
+        rows = {"time, rough": f"{text}\nof a run from the start; --measure would time it here"}
+    else:
+        where = f"measured on {_triple(measured.part.shape)} voxels in the middle"
+        rows = {"time": f"{text}\nof a run from the start, {where}"}
+    if price_per_hour is not None:
+        rows["cost"] = f"{found.seconds / 3600 * price_per_hour:,.2f} at {price_per_hour:g} per hour"
+    return rows
 
 
 def result_table(result: Result) -> Table:

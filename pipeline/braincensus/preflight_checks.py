@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from math import ceil, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ _SAMPLES = 12
 _COMPARED = ("braincensus", "dask", "distributed", "numpy", "torch", "zarr", "numcodecs", "numba", "scipy")
 _MUST_AGREE = ("braincensus", "dask", "distributed", "torch", "numpy", "zarr")
 """Packages whose version a result, or whether tasks can be sent at all, depends on."""
-_SIDES = (512, 384, 256, 192, 128, 96, 64, 32)
+_SIDES = (1024, 768, 512, 384, 256, 192, 128, 96, 64)
+_MEASURED_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,23 @@ class Measured:
         return sum(self.seconds.values())
 
 
+@dataclass(frozen=True)
+class Preflight:
+    """What was found before a run."""
+
+    plan: Plan
+    findings: tuple[Finding, ...]
+    kept: str
+    """What would be kept of an earlier run, and redone; empty where there is none."""
+    measured: Measured | None
+    """None: not asked for, or not possible; the findings say why."""
+
+    @property
+    def seconds(self) -> float:
+        """Time of the run: as measured, or as the plan guesses."""
+        return self.measured.total_seconds if self.measured else sum(self.plan.seconds.values())
+
+
 def check_output(output: Path) -> Finding:
     """Try to write beside the output.
 
@@ -73,14 +91,14 @@ def check_output(output: Path) -> Finding:
     OutputError
         If that is not possible.
     """
-    place = _nearest_folder(output)
+    place = nearest_folder(output)
     with writing(output):
         descriptor, name = tempfile.mkstemp(prefix=".preflight.", dir=place)
         os.write(descriptor, b"x" * 4096)
         os.close(descriptor)
         Path(name).unlink()
     free = shutil.disk_usage(place).free
-    return Finding("output", True, f"{place} can be written to, {free / 1024**3:,.1f} GiB free")
+    return Finding("output folder", True, f"{place} can be written to, {free / 1024**3:,.1f} GiB free")
 
 
 def sample_boxes(volume: Volume, samples: int = _SAMPLES, *, seed: int = 0) -> list[Box]:
@@ -101,7 +119,7 @@ def check_input(volume: Volume, samples: int = _SAMPLES) -> Finding:
         If one cannot be read; names it.
     """
     if volume.needs_copy:
-        return Finding("input", True, "not block-wise readable: it is copied first, and read whole then")
+        return Finding("input read", True, "not block-wise readable: it is copied first, and read whole then")
     boxes = sample_boxes(volume, samples)
     lowest, highest, empty = np.inf, -np.inf, 0
     began = time.perf_counter()
@@ -113,7 +131,7 @@ def check_input(volume: Volume, samples: int = _SAMPLES) -> Finding:
     text = f"{len(boxes)} chunks read, values {lowest:g} to {highest:g}, {rate / 1e6:,.0f} MB/s"
     if empty:
         text += f"; {empty} of them hold nothing but 0"
-    return Finding("input", lowest < highest, text)
+    return Finding("input read", lowest < highest, text)
 
 
 def check_workers(client: Client, volume: Volume, output: Path | None) -> list[Finding]:
@@ -173,11 +191,11 @@ def check_gpus(client: Client, plan: Plan) -> list[Finding]:
 
 
 def part_of(plan: Plan) -> Box:
-    """Choose the part of the volume to measure on: blocks for every thread, in the middle."""
-    wanted = 2 * plan.resources.workers * plan.resources.threads * prod(plan.label_grid.block_shape)
+    """Choose the part of the volume to measure on: in the middle, of about a minute's work."""
     shape = plan.volume.shape
-    side = next((side for side in _SIDES if side**3 <= min(wanted, prod(shape))), _SIDES[-1])
-    z, y, x = (min(n, max(side, ceil(side * n / max(shape)))) // 8 * 8 or n for n in shape)
+    most = prod(shape) * min(1.0, _MEASURED_S / sum(plan.seconds.values()))
+    side = next((side for side in _SIDES if side**3 <= most), _SIDES[-1])
+    z, y, x = (min(n, side) for n in shape)
     start = tuple((n - m) // 2 // 8 * 8 for n, m in zip(shape, (z, y, x), strict=True))
     return Box((start[0], start[1], start[2]), (start[0] + z, start[1] + y, start[2] + x))
 
@@ -227,7 +245,7 @@ def _read_for_each(grid: BlockGrid) -> float:
     return prod(along(n, block, halo) for n, block, halo in axes)
 
 
-def _nearest_folder(output: Path) -> Path:
+def nearest_folder(output: Path) -> Path:
     """Return the folder in which the output, or the folders above it, would be made."""
     place = output.absolute().parent
     while not place.exists() and place != place.parent:
@@ -284,7 +302,7 @@ def _token(output: Path | None) -> Iterator[tuple[Path | None, str]]:
         yield None, ""
         return
     token = uuid.uuid4().hex
-    place = _nearest_folder(output)
+    place = nearest_folder(output)
     with writing(output):
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.preflight.", dir=place))
         folder.chmod(0o755)

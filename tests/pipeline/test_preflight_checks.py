@@ -15,7 +15,7 @@ import pytest
 import zarr
 from distributed import Client, LocalCluster
 
-from braincensus import ConfigError, InputError, OutputError, open_volume, preflight
+from braincensus import ConfigError, InputError, OutputError, open_volume, preflight_checks
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.phantom import Phantom
 
@@ -41,7 +41,7 @@ def client() -> Iterator[Client]:
 
 
 def test_an_output_that_can_be_written_leaves_nothing(tmp_path: Path) -> None:
-    found = preflight.check_output(tmp_path / "not" / "there" / "out.zarr")
+    found = preflight_checks.check_output(tmp_path / "not" / "there" / "out.zarr")
     assert found.fine
     assert str(tmp_path) in found.text
     assert list(tmp_path.iterdir()) == []
@@ -50,16 +50,16 @@ def test_an_output_that_can_be_written_leaves_nothing(tmp_path: Path) -> None:
 def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot write"):
-        preflight.check_output(tmp_path / "file" / "out.zarr")
+        preflight_checks.check_output(tmp_path / "file" / "out.zarr")
 
 
 def test_the_input_is_sampled(stored: Path) -> None:
     volume = open_volume(stored, voxel_size_um=5.0)
-    boxes = preflight.sample_boxes(volume, 8)
+    boxes = preflight_checks.sample_boxes(volume, 8)
     assert boxes[0].start == (0, 0, 0)
     assert boxes[-1].stop == PHANTOM.shape
     assert 3 <= len(boxes) <= 8
-    found = preflight.check_input(volume)
+    found = preflight_checks.check_input(volume)
     assert found.fine
     assert "chunks read" in found.text
 
@@ -69,19 +69,19 @@ def test_a_damaged_chunk_at_either_end_is_found(stored: Path, chunk: str) -> Non
     file = stored / "c" / chunk
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match=f"in chunk file c/{chunk}"):
-        preflight.check_input(open_volume(stored, voxel_size_um=5.0))
+        preflight_checks.check_input(open_volume(stored, voxel_size_um=5.0))
 
 
 def test_an_empty_input_is_no_success(stored: Path) -> None:
     shutil.rmtree(stored / "c")
-    found = preflight.check_input(open_volume(stored, voxel_size_um=5.0))
+    found = preflight_checks.check_input(open_volume(stored, voxel_size_um=5.0))
     assert not found.fine
     assert "nothing but 0" in found.text
 
 
 def test_workers_that_are_as_they_should_be(client: Client, stored: Path, tmp_path: Path) -> None:
     volume = open_volume(stored, voxel_size_um=5.0)
-    found = preflight.check_workers(client, volume, tmp_path / "out" / "out.zarr")
+    found = preflight_checks.check_workers(client, volume, tmp_path / "out" / "out.zarr")
     assert all(finding.fine for finding in found)
     assert "2 on 1 machine" in found[0].text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
@@ -95,15 +95,15 @@ def test_other_versions_on_a_worker(
     client: Client, stored: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], refused: bool
 ) -> None:
     """The workers answer truly; it is the client that claims to have others."""
-    here: Any = preflight._versions() | changed
-    monkeypatch.setattr(preflight, "_versions", lambda: here)
+    here: Any = preflight_checks._versions() | changed
+    monkeypatch.setattr(preflight_checks, "_versions", lambda: here)
     volume = open_volume(stored, voxel_size_um=5.0)
     if refused:
         name, value = next(iter(changed.items()))
         with pytest.raises(ConfigError, match=rf"(?s)other versions.*expected: {name} {value}.*constraints"):
-            preflight.check_workers(client, volume, None)
+            preflight_checks.check_workers(client, volume, None)
     else:
-        found = preflight.check_workers(client, volume, None)
+        found = preflight_checks.check_workers(client, volume, None)
         assert [finding.check for finding in found if not finding.fine] == ["versions"]
 
 
@@ -134,7 +134,7 @@ def test_a_worker_without_the_disk(
             client.wait_for_workers(1, timeout=60)
             volume = open_volume(stored, voxel_size_um=5.0)
             with pytest.raises(error, match=message):
-                preflight.check_workers(client, volume, tmp_path / "out" / "census.zarr")
+                preflight_checks.check_workers(client, volume, tmp_path / "out" / "census.zarr")
         finally:
             process.terminate()
             process.wait(30)
@@ -142,7 +142,7 @@ def test_a_worker_without_the_disk(
 
 def test_a_part_is_the_volume_there(stored: Path) -> None:
     volume = open_volume(stored, voxel_size_um=5.0)
-    part = preflight.cut_out(volume, Box((8, 16, 24), (40, 80, 64)))
+    part = preflight_checks.cut_out(volume, Box((8, 16, 24), (40, 80, 64)))
     assert part.shape == (32, 64, 40)
     assert part.identity != volume.identity
     assert np.array_equal(
