@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,8 +17,9 @@ from distributed import Client
 from braincensus import cluster, manifest
 from braincensus import preflight_checks as checks
 from braincensus.config import RunConfig
-from braincensus.errors import InputError
-from braincensus.planning import Plan
+from braincensus.errors import InputError, OutputError
+from braincensus.formats.skipping import unreadable_summary, unreadable_warning
+from braincensus.planning import Plan, gib
 from braincensus.preflight_checks import Preflight
 from braincensus.preparing import (
     as_before,
@@ -154,6 +157,7 @@ def run(
             with (
                 watching(connected, plan, store, progress) as watch,
                 reporting(connected, performance_report, progress),
+                _saying_what_is_needed(plan, output),
             ):
                 context = Context(plan, store, connected, watch, keys=how.keys, guard=lock.check, watch=watch)
                 return _run_stages(context, weights)
@@ -295,9 +299,13 @@ def calibrate(
 
 def _run_stages(context: Context, weights: Weights | SupervisedWeights | None) -> Result:
     store, plan = context.output, context.plan
-    store.update_provenance(_begin(plan))
+    begun = _begin(plan)
+    store.update_provenance(begun)
     ranges = intensity.run(context)
-    store.update_provenance({"intensity": ranges.summary()})
+    plan = context.plan  # what of the input cannot be read is known from here on
+    store.update_provenance(
+        {"intensity": ranges.summary(), "input": begun["input"] | unreadable_summary(ranges.unreadable)}
+    )
     show_picture(context.watch, context.client, store)
     foreground = segment.run(context, ranges, weights)
     store.update_provenance({"foreground": foreground})
@@ -331,6 +339,8 @@ def _run_stages(context: Context, weights: Weights | SupervisedWeights | None) -
     )
     store.finalise(levels=levels, density_bin_um=plan.config.density.bin_um)
     manifest.tidy(store)
+    if ranges.unreadable:
+        context.progress.message(unreadable_warning(store.provenance["input"]))
     return Result(store)
 
 
@@ -355,3 +365,15 @@ def _begin(plan: Plan) -> dict[str, Any]:
         },
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+@contextmanager
+def _saying_what_is_needed(plan: Plan, output: Path) -> Iterator[None]:
+    """Add to the error of a full disk how much room the whole output may take."""
+    try:
+        yield
+    except OutputError as err:
+        if "is full" not in str(err):
+            raise
+        need, parts = sum(plan.disk_bytes.values()), ", ".join(plan.disk_bytes)
+        raise OutputError(f"{err}\n  needed: {gib(need)} in all ({parts}), at the most") from err

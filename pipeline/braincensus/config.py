@@ -36,6 +36,9 @@ TripleSigma = Annotated[
 Probability = Annotated[float, Field(ge=0, le=1)]
 Percentile = Annotated[float, Field(ge=0, le=100)]
 
+HUNG_AFTER_S = 120.0
+"""How long a worker or the scheduler may be silent; see `Compute.hung_after_s`."""
+
 _MODELS = "wnet3d, segresnet, swinunetr or intensity"
 _METHODS = "voronoi-otsu, components or watershed"
 
@@ -52,6 +55,11 @@ class InputSelection(_Section):
     level: int = Field(0, ge=0, description="pyramid level, 0 is full resolution")
     voxel_size_um: TripleFloat | None = Field(
         None, description="z, y, x in um; null: read it from the metadata (an error if there is none)"
+    )
+    on_unreadable: Literal["fail", "skip"] = Field(
+        "fail",
+        description="damaged chunks and planes of the input: fail names the first; skip counts their voxels "
+        "as 0 in every stage, and lists them",
     )
 
 
@@ -343,6 +351,11 @@ class Compute(_Section):
     )
     worker_wait_s: PositiveFloat = Field(
         1800.0, description="how long the first worker of a queue, Kubernetes or scheduler may take to come"
+    )
+    hung_after_s: PositiveFloat = Field(
+        HUNG_AFTER_S,
+        description="a worker silent for so many seconds is restarted and its blocks go to others; a silent "
+        "scheduler ends the run",
     )
     tls_ca_file: str | None = Field(
         None,

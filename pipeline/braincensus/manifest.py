@@ -24,7 +24,7 @@ from braincensus.store.files import jsonable
 STAGES = ("intensity", "segment", "threshold", "label", "stitch", "relabel", "measure")
 """In the order of the flow. The coarser levels go with the stage that made the finest one."""
 
-_VERSIONS = dict.fromkeys(STAGES, 1) | {"intensity": 2, "segment": 2, "stitch": 2}
+_VERSIONS = dict.fromkeys(STAGES, 1) | {"intensity": 3, "segment": 3, "stitch": 2}
 """Raised when a change of the code changes what a stage gives for the same settings."""
 
 WORK_OF: Mapping[str, tuple[str, ...]] = {
@@ -93,7 +93,11 @@ def settings_of(plan: Plan, *, weights_sha256: str) -> Settings:
     labelling = config.labelling
     blocks = {"block_voxels": grid.block_shape}
     every: Settings = {
-        "intensity": {"input": volume.identity, "block_voxels": plan.scan_tasks.block_shape},
+        "intensity": {
+            "input": volume.identity,
+            "on_unreadable": config.input.on_unreadable,
+            "block_voxels": plan.scan_tasks.block_shape,
+        },
         "segment": {
             "intensity": config.intensity.model_dump(mode="json"),
             "foreground": foreground,
@@ -149,8 +153,8 @@ def continue_from(output: Output, settings: Settings) -> Continuation:
     OutputError
         If it is the census of another input, or says nothing about itself.
     """
-    recorded = output.provenance.get("manifest")
-    if not isinstance(recorded, dict) or not isinstance(recorded.get("settings"), dict):
+    earlier = recorded_settings(output)
+    if not earlier:
         raise OutputError(
             explain(
                 f"{output.path} cannot be continued",
@@ -159,7 +163,6 @@ def continue_from(output: Output, settings: Settings) -> Continuation:
                 remedy="start over with --fresh (fresh=True), or give another output",
             )
         )
-    earlier: Settings = recorded["settings"]
     _refuse_another_input(output, earlier, settings)
     keys, old_keys = keys_of(settings), keys_of({**{stage: {} for stage in STAGES}, **earlier})
     redone: dict[str, str] = {}
@@ -175,6 +178,15 @@ def continue_from(output: Output, settings: Settings) -> Continuation:
             redone.setdefault(stage, "its working files were removed when the earlier run finished")
     in_order = {stage: redone[stage] for stage in STAGES if stage in redone}
     return Continuation(keys, settings, in_order, finished=complete and not redone)
+
+
+def recorded_settings(output: Output) -> Settings:
+    """Return what an earlier run recorded that its stages depended on; empty where it did not, or not so."""
+    recorded = output.provenance.get("manifest")
+    settings = recorded.get("settings") if isinstance(recorded, dict) else None
+    if not isinstance(settings, dict) or not all(isinstance(stage, dict) for stage in settings.values()):
+        return {}
+    return settings
 
 
 def discard(output: Output, stages: Mapping[str, str]) -> None:
@@ -194,6 +206,7 @@ def tidy(output: Output) -> None:
 
 def _refuse_another_input(output: Output, earlier: Settings, settings: Settings) -> None:
     before = earlier.get("intensity", {}).get("input", {})
+    before = before if isinstance(before, dict) else {}
     now = settings["intensity"]["input"]
     if before == now:
         return

@@ -52,9 +52,10 @@ def as_before(config: RunConfig, earlier: Output | None) -> RunConfig:
     """Keep the blocks of the earlier run where none are asked for: free memory may have chosen others now."""
     if earlier is None or config.compute.block_voxels is not None:
         return config
-    recorded = earlier.provenance.get("manifest", {}).get("settings", {}).get("threshold", {})
-    block = recorded.get("block_voxels")
-    return config if block is None else config.merged({"compute": {"block_voxels": block}})
+    block = manifest.recorded_settings(earlier).get("threshold", {}).get("block_voxels")
+    if block is None:
+        return config
+    return config.merged({"compute": {"block_voxels": block}}, source=f"what {earlier.path} records")
 
 
 def open_input(input: Any, config: RunConfig, scratch: Path, progress: Progress, *, copy: bool) -> Volume:
@@ -68,6 +69,7 @@ def open_input(input: Any, config: RunConfig, scratch: Path, progress: Progress,
         scratch=scratch,
         progress=_ConvertStage(progress),
         copy=copy,
+        on_unreadable=config.input.on_unreadable,
     )
     for note in volume.notes:
         progress.message(note)

@@ -17,13 +17,15 @@ from itertools import islice
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from distributed import Client, as_completed
+from distributed import Client, Future, as_completed
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from braincensus.blocks import BlockGrid
+from braincensus.config import HUNG_AFTER_S
 from braincensus.errors import BlockError, BraincensusError, explain
+from braincensus.heartbeats import Heartbeats
 from braincensus.planning import Plan
 from braincensus.progress import Progress
 from braincensus.store import Output
@@ -113,6 +115,7 @@ class Context:
             stage=stage,
             name=name,
             watch=self.watch,
+            hung_after_s=self.plan.config.compute.hung_after_s,
         )
         for number, (kept, result) in tasks:
             self.guard()
@@ -160,10 +163,12 @@ def map_blocks(
     stage: str,
     name: str,
     watch: Unwatched = UNWATCHED,
+    hung_after_s: float = HUNG_AFTER_S,
 ) -> Iterator[tuple[int, T]]:
     """Run ``function(spec, number)`` for every number, yielding results as they arrive, in any order.
 
     A block that kills its workers or finds no memory is tried again at the end, with nothing beside it.
+    Workers that hang are restarted, and their blocks go to others.
 
     Parameters
     ----------
@@ -184,13 +189,16 @@ def map_blocks(
         What the Dask dashboard shows.
     watch
         Told what becomes of every block.
+    hung_after_s
+        How long a worker or the scheduler may be silent.
 
     Raises
     ------
     BraincensusError
         As the task raised it, with the stage and block added.
     BlockError
-        If a task failed in another way, or killed its workers even alone; or the cluster is lost.
+        If a task failed in another way, or killed its workers even alone; or the cluster is lost, hangs, or
+        has no workers left.
     """
     if client is None:
         for number in numbers:
@@ -215,9 +223,10 @@ def map_blocks(
         return future
 
     too_large: list[int] = []
+    heartbeats = Heartbeats(client, hung_after_s=hung_after_s, stage=stage)
     pending = as_completed([submit(number) for number in islice(waiting, at_once)])
     try:
-        for future in pending:
+        for future in _arriving(pending, heartbeats):
             number = submitted.pop(future.key)
             watch.returned(future.key)
             try:
@@ -237,16 +246,31 @@ def map_blocks(
                 pending.add(submit(following))
             yield number, result
         for number in too_large:
-            try:
-                yield number, submit(number).result()
-            except Exception as err:
-                explained = _explained(err, stage, number)
-                watch.failed(number, str(explained))
-                raise explained from err
+            pending.add(submit(number))
+            for future in _arriving(pending, heartbeats):
+                watch.returned(future.key)
+                try:
+                    result = future.result()
+                except Exception as err:
+                    explained = _explained(err, stage, number)
+                    watch.failed(number, str(explained))
+                    raise explained from err
+                future.release()
+                yield number, result
     finally:
-        remaining = list(pending.futures)
-        if remaining:
-            client.cancel(remaining)
+        for future in list(pending.futures):
+            # What nobody wants is forgotten. To cancel it would wait for a scheduler that may hang.
+            future.release()
+
+
+def _arriving(pending: as_completed, heartbeats: Heartbeats) -> Iterator[Future]:
+    """Yield futures as they are done, looking after the cluster meanwhile."""
+    while not pending.is_empty():
+        while not pending.has_ready():
+            heartbeats.look()
+            with pending.thread_condition:
+                pending.thread_condition.wait(0.1)
+        yield next(pending)
 
 
 class _Window:

@@ -9,10 +9,10 @@ itself.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -22,6 +22,7 @@ from braincensus.formats import arrays, ome_zarr, phantom, tiff
 from braincensus.formats.checks import as_voxel_size
 from braincensus.formats.convert import Progress, describe_copy, make_copy
 from braincensus.formats.readers import Found, Reader, TripleFloat, UncopiedReader, Voxels
+from braincensus.formats.skipping import SkippingReader, Unreadable
 from braincensus_kernels.boxes import Box, Triple
 from braincensus_kernels.phantom import Phantom
 
@@ -133,6 +134,29 @@ class Volume:
             return np.empty(box.shape, dtype=self.dtype)
         return self.reader.read(box)
 
+    @property
+    def skips(self) -> bool:
+        """Whether damaged chunks and planes count as 0 (``on_unreadable="skip"``)."""
+        return isinstance(self.reader, SkippingReader)
+
+    def read_noting(self, box: Box) -> tuple[Voxels, tuple[Unreadable, ...]]:
+        """Read the voxels of a box; say also which of the units that it touches cannot be read.
+
+        Raises
+        ------
+        InputError
+            As `read`; where the volume skips, only if no part can be skipped.
+        """
+        if not isinstance(self.reader, SkippingReader):
+            return self.read(box), ()
+        return self.reader.read_noting(box)
+
+    def settled(self, unreadable: tuple[Unreadable, ...]) -> Volume:
+        """Return the volume with a list of what cannot be read: that is 0, all else must be readable."""
+        if not isinstance(self.reader, SkippingReader):
+            return self
+        return replace(self, reader=replace(self.reader, known=unreadable, settled=True))
+
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         """Tell Dask that equal identities are equal volumes, without hashing voxels."""
         return type(self).__qualname__, self.identity
@@ -148,6 +172,7 @@ def open_volume(
     scratch: str | Path | None = None,
     progress: Progress | None = None,
     copy: bool = True,
+    on_unreadable: Literal["fail", "skip"] = "fail",
 ) -> Volume:
     """Open a volume, whatever it is stored as.
 
@@ -173,6 +198,9 @@ def open_volume(
     copy
         Whether to make the chunked copy that such a source needs, as the last step. Without it
         nothing is written: the volume is described as if from its copy, but cannot be read.
+    on_unreadable
+        ``skip``: voxels of damaged chunks and planes are 0. Not in ``.npy`` and TIFF stacks that are one run
+        of bytes, which have no parts.
 
     Raises
     ------
@@ -201,13 +229,18 @@ def open_volume(
         level=int(level),
         copy_array=folder is not None,
         progress=progress,
+        skip=on_unreadable == "skip",
     )
     size, origin = _settle_voxel_size(name, found, given)
     # Last, because it can take hours: by now, nothing else can be refused.
     if found.to_copy and copy:
-        found = make_copy(found, found.to_copy, scratch=folder, progress=progress)
+        found = make_copy(
+            found, found.to_copy, scratch=folder, progress=progress, skip=on_unreadable == "skip"
+        )
     elif found.to_copy:
         found = describe_copy(found, found.to_copy)
+    if on_unreadable == "skip" and not isinstance(found.reader, SkippingReader | UncopiedReader):
+        found = replace(found, reader=SkippingReader(found.reader, found.shape, found.dtype.str))
     notes = found.notes
     if found.dtype == np.uint8 and np.dtype(found.identity["dtype"]) == np.bool_:
         notes += ("boolean voxels, read as 0 and 1",)
@@ -228,7 +261,14 @@ def open_volume(
 
 
 def _find(
-    source: Any, *, channel: int, timepoint: int, level: int, copy_array: bool, progress: Progress | None
+    source: Any,
+    *,
+    channel: int,
+    timepoint: int,
+    level: int,
+    copy_array: bool,
+    progress: Progress | None,
+    skip: bool,
 ) -> tuple[str, Found]:
     """Let the right format find the voxels; return the name of the source with it."""
     if isinstance(source, zarr.Array | zarr.Group):
@@ -264,7 +304,9 @@ def _find(
     if not path.exists():
         raise _missing(path)
     if path.is_dir():
-        found = _find_in_folder(path, channel=channel, timepoint=timepoint, level=level, progress=progress)
+        found = _find_in_folder(
+            path, channel=channel, timepoint=timepoint, level=level, progress=progress, skip=skip
+        )
     elif path.name.lower().endswith(phantom.ENDING):
         found = phantom.open_phantom(path, channel=channel, timepoint=timepoint, level=level)
     elif path.suffix.lower() in tiff.EXTENSIONS:
@@ -277,12 +319,14 @@ def _find(
 
 
 def _find_in_folder(
-    path: Path, *, channel: int, timepoint: int, level: int, progress: Progress | None
+    path: Path, *, channel: int, timepoint: int, level: int, progress: Progress | None, skip: bool
 ) -> Found:
     if ome_zarr.is_zarr(path):
         return ome_zarr.open_ome_zarr(path, channel=channel, timepoint=timepoint, level=level)
     if tiff.plane_names(path):
-        return tiff.open_planes(path, channel=channel, timepoint=timepoint, level=level, progress=progress)
+        return tiff.open_planes(
+            path, channel=channel, timepoint=timepoint, level=level, progress=progress, skip=skip
+        )
     if path.suffix.lower() in _NOT_SUPPORTED:
         raise _unknown(path)
     inside = sorted(child.name for child in path.iterdir())

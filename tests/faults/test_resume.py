@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,17 +82,6 @@ def test_everything_killed_at_once(
     assert told.kept(stage) >= done >= blocks
     assert result_bytes(output) == result_bytes(undisturbed)
     assert not list(tmp_path.glob(".*")), "no lock, no copy of the input is left"
-
-
-def test_a_worker_killed_is_no_more_than_a_delay(undisturbed: Path, start: Start, tmp_path: Path) -> None:
-    output = tmp_path / "out.zarr"
-    disturbed = start(output)
-    disturbed.wait_for("label", 5)
-    for worker in disturbed.workers():
-        os.kill(worker, signal.SIGKILL)
-    said = disturbed.finish()
-    assert disturbed.process.returncode == 0, said
-    assert result_bytes(output) == result_bytes(undisturbed)
 
 
 def test_a_truncated_shard_and_a_lost_file_are_done_again(

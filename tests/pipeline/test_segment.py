@@ -14,10 +14,10 @@ from braincensus_kernels.boxes import Box
 def test_probabilities_that_are_not_numbers_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: object, core: object) -> tuple[np.ndarray, list[Box]]:
+    def broken(self: object, core: object) -> tuple[np.ndarray, list[Box], segment.Spared]:
         probability = np.zeros((40, 40, 40), np.float32)
         probability[3, 4, 5] = np.nan
-        return probability, []
+        return probability, [], segment.Spared()
 
     monkeypatch.setattr(segment._Contrast, "foreground", broken)
     volume = np.random.default_rng(0).integers(100, 1000, (40, 40, 40)).astype(np.uint16)

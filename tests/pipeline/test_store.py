@@ -8,6 +8,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -473,6 +475,25 @@ def test_working_files_come_back_and_go(unfinished):
     for outside in ("../0", "/etc/passwd", "a/../../x", ""):
         with pytest.raises(ValueError, match="path inside the output"):
             unfinished.remove_work(outside)
+
+
+def test_a_map_for_which_there_is_no_room_is_an_error(unfinished):
+    """In a process of its own, whose files may not grow."""
+    code = (
+        "import resource, sys, numpy as np; from braincensus.store import open_output\n"
+        "output = open_output(sys.argv[1], allow_incomplete=True)\n"
+        "output.write_map('small', np.arange(8))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (600, -1))\n"
+        "output.write_map('large', np.arange(1000))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(unfinished.path)], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 1
+    assert "OutputError: cannot write" in ran.stderr
+    assert "File too large" in ran.stderr
+    assert unfinished.map_work("small").tolist() == list(range(8))
+    assert not list(unfinished.work_dir.glob("*large*"))
 
 
 def test_missing_and_damaged_working_files_are_named(unfinished):

@@ -126,7 +126,9 @@ def test_patches_of_swinunetr_have_one_shape_even_at_the_border() -> None:
     foreground = made.config.foreground
     assert isinstance(foreground, SwinUNETRForeground)
     nowhere: Any = None
-    network = SupervisedNetwork(nowhere, foreground, made.segmentation, "", "", "cpu", 1, model="swinunetr")
+    network = SupervisedNetwork(
+        nowhere, foreground, made.segmentation, "", "", "cpu", 1, False, model="swinunetr"
+    )
     patches = [patch for block in made.segment_grid for patch in network.patches(block.core)]
     assert {patch.shape for patch in patches} == {(48, 48, 48)}
     assert sorted(patch.start for patch in patches) == [(z, y, 0) for z in (0, 48) for y in (0, 48)]

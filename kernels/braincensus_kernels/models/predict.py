@@ -216,6 +216,13 @@ class Predictor:
                 self._compute, halo_voxels=halo_voxels, device=device, graph=norm == "calibrated"
             )
 
+    def economise(self) -> None:
+        """Give back the memory that only makes a GPU faster: the graph, and the second set of buffers."""
+        if self._cuda:
+            self._lanes = Lanes(
+                self._compute, halo_voxels=self.halo_voxels, device=self.device, graph=False, buffers=1
+            )
+
     @property
     def reach_voxels(self) -> int:
         """How far the network looks: with a halo of this or more the core is exact."""

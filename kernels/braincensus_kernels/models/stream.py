@@ -184,11 +184,20 @@ class Lanes:
         As torch names it.
     graph
         Whether to capture `compute` as a CUDA graph: what it does must then depend on the shape alone.
+    buffers
+        Sets of pinned buffers; with one, nothing overlaps.
     """
 
     def __init__(
-        self, compute: Callable[[Tensor], Tensor], *, halo_voxels: int, device: str, graph: bool
+        self,
+        compute: Callable[[Tensor], Tensor],
+        *,
+        halo_voxels: int,
+        device: str,
+        graph: bool,
+        buffers: int = BUFFERS,
     ) -> None:
+        self._n_buffers = buffers
         self._compute, self._halo, self._device = compute, halo_voxels, torch.device(device)
         self._cuda = self._device.type == "cuda"
         self._lock = threading.Lock()
@@ -217,7 +226,7 @@ class Lanes:
         self._graph, self._static_in, self._static_out = None, torch.empty(0), torch.empty(0)
         self._buffers, self._shape = [], ()
         with self._on_device(), torch.inference_mode():
-            self._buffers = [self._make_buffers(shape) for _ in range(BUFFERS)]
+            self._buffers = [self._make_buffers(shape) for _ in range(self._n_buffers)]
             if self._cuda:
                 torch.cuda.synchronize()  # weights and buffers were made in another stream
             if self._wants_graph:

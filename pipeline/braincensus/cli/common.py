@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +23,11 @@ def explaining() -> Iterator[None]:
     from braincensus.errors import BraincensusError
 
     logging.getLogger("distributed").setLevel(logging.ERROR)
-    # What schedulers of clusters send before they kill: stop as for Ctrl-C, so that locks are given back.
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    # A lost scheduler is told by our own message; Dask would add a traceback. A level would not last.
+    logging.getLogger("distributed.client").addFilter(_only_critical)
+    # SIGTERM is what schedulers of clusters send before they kill: stop as for Ctrl-C, and give back locks.
+    stopping = _Stopping()
+    before = {number: signal.signal(number, stopping) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     except BraincensusError as err:
@@ -34,13 +38,29 @@ def explaining() -> Iterator[None]:
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         stderr.print("[bold red]stopped[/bold red]; `run` goes on where it stopped when it is called again")
-        raise typer.Exit(130) from None
+        raise typer.Exit(stopping.exit_code) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+def _only_critical(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.CRITICAL
+
+
+class _Stopping:
+    """The first signal stops in order, the second at once: all that is left behind then is the lock."""
+
+    exit_code = 130
+
+    def __call__(self, number: int, _: object) -> None:
+        """Receive a signal; the exit code is 128 and its number, as shells have it."""
+        if self._asked:
+            os._exit(self.exit_code)
+        self._asked, self.exit_code = True, 128 + number
+        raise KeyboardInterrupt
+
+    _asked = False
 
 
 def plain(text: str) -> str:

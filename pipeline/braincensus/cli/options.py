@@ -37,6 +37,15 @@ VoxelSize = Annotated[
         "--voxel-size", metavar=TRIPLE, help="um; needed where the metadata has none", rich_help_panel=_INPUT
     ),
 ]
+OnUnreadable = Annotated[
+    str | None,
+    typer.Option(
+        metavar="fail|skip",
+        help="damaged chunks and planes: stop, or count their voxels as 0 and list them",
+        show_default="fail",
+        rich_help_panel=_INPUT,
+    ),
+]
 BlockSize = Annotated[
     str | None,
     typer.Option(
@@ -238,6 +247,7 @@ FIELDS: dict[str, tuple[str, str, Callable[[str, str], Any] | None]] = {
     "timepoint": ("input", "timepoint", None),
     "level": ("input", "level", None),
     "voxel_size": ("input", "voxel_size_um", read_triple),
+    "on_unreadable": ("input", "on_unreadable", None),
     "foreground": ("foreground", "model", None),
     "weights": ("foreground", "weights", None),
     "calibration": ("foreground", "calibration", None),

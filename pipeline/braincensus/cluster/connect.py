@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from distributed import Client, LocalCluster
@@ -64,12 +64,25 @@ def connect(
             _check_gpus(client, resources, compute)
             yield client, resources
         return
-    with _local_cluster(resources, compute) as cluster, Client(cluster) as client:
+    with closing_in_time(_local_cluster(resources, compute)) as cluster, Client(cluster) as client:
         yield client, resources
 
 
+@contextmanager
+def closing_in_time(cluster: LocalCluster) -> Iterator[LocalCluster]:
+    """Close a cluster of this machine at the end, and no longer wait for workers that do not close in time.
+
+    They go with this process; why the run ended is what must be told.
+    """
+    try:
+        yield cluster
+    finally:
+        with suppress(TimeoutError):
+            cluster.close()
+
+
 def _check_gpus(client: Client, resources: Resources, compute: Compute) -> None:
-    if resources.device == "cuda" and not all(gpus_of_workers(client)):
+    if resources.device == "cuda" and not all(gpus_of_workers(client, hung_after_s=compute.hung_after_s)):
         raise ConfigError(
             explain(
                 f"{compute.cluster} asks for GPUs, but its workers see none that they can use",

@@ -13,8 +13,9 @@ from distributed.system import MEMORY_LIMIT
 from braincensus.cluster.files import KubernetesFile, SlurmFile, read_cluster_file
 from braincensus.cluster.kinds import read_kind
 from braincensus.cluster.scheduler import scheduler_client, wait_for_workers
-from braincensus.config import Compute
+from braincensus.config import HUNG_AFTER_S, Compute
 from braincensus.errors import ConfigError, explain
+from braincensus.heartbeats import Heartbeats
 from braincensus_kernels.backend import cuda_available
 
 GIB = 1024**3
@@ -142,7 +143,7 @@ def _device_of(compute: Compute, client: Client) -> Literal["cpu", "cuda"]:
     """Choose the device of a cluster: its workers have the GPUs; the machine that asks may have none."""
     if compute.device == "cpu":
         return "cpu"
-    found = gpus_of_workers(client)
+    found = gpus_of_workers(client, hung_after_s=compute.hung_after_s)
     if all(found) and found:
         return "cuda"
     if any(found):
@@ -158,9 +159,11 @@ def _device_of(compute: Compute, client: Client) -> Literal["cpu", "cuda"]:
     return "cpu"
 
 
-def gpus_of_workers(client: Client) -> list[bool]:
+def gpus_of_workers(client: Client, *, hung_after_s: float = HUNG_AFTER_S) -> list[bool]:
     """Ask each worker whether it has a usable GPU."""
-    answers: dict[str, Any] = client.run(cuda_available, on_error="return")  # a worker may go meanwhile
+    heartbeats = Heartbeats(client, hung_after_s=hung_after_s, stage="looking for GPUs")
+    # A worker may go meanwhile, or hang.
+    answers: dict[str, Any] = heartbeats.during(lambda: client.run(cuda_available, on_error="return"))
     return [answer for answer in answers.values() if isinstance(answer, bool)]
 
 

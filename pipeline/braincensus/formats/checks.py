@@ -14,6 +14,8 @@ from braincensus.formats.readers import Axes, TripleFloat
 
 MOST_VOXELS = 10**16  # 20 PB of uint16: nobody has imaged that; a header that claims it is damaged
 
+LARGEST_CHUNK_BYTES = 4 * 2**30  # Blosc stops at 2 GiB
+
 # Names of axes by number of dimensions, where nothing says better.
 USUAL_AXES = {3: "zyx", 4: "czyx", 5: "tczyx"}
 
@@ -106,6 +108,27 @@ def check_volume(shape: Sequence[int], dtype: np.dtype[Any], *, what: str) -> No
                 expected="integers, floats or booleans",
                 found=kind,
                 remedy="take the magnitude of complex data" if dtype.kind == "c" else "save it as numbers",
+            )
+        )
+
+
+def check_chunk(shape: Sequence[int], dtype: np.dtype[Any], *, what: str) -> None:
+    """Refuse chunks that no memory holds: one is decoded whole, whatever is read of it.
+
+    Raises
+    ------
+    InputError
+        If one chunk is larger than `LARGEST_CHUNK_BYTES`.
+    """
+    n_bytes = prod(shape) * dtype.itemsize
+    if any(n < 1 for n in shape) or n_bytes > LARGEST_CHUNK_BYTES:
+        raise InputError(
+            explain(
+                f"{what}: its metadata claims impossible chunks",
+                expected=f"at most {LARGEST_CHUNK_BYTES / 2**30:g} GiB in a chunk",
+                found=f"chunks of {tuple(shape)}, {n_bytes / 2**30:,.1f} GiB",
+                cause="damaged metadata, or a store that was written as one chunk",
+                remedy="write it again with chunks of 64 to 256 voxels",
             )
         )
 

@@ -27,17 +27,20 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec
 
-from braincensus.errors import OutputError, PlanError, explain
+from braincensus.errors import InputError, OutputError, PlanError, explain
 from braincensus.formats.readers import (
     ZYX,
     Found,
+    Reader,
     ReadPlanes,
     ToCopy,
     UncopiedReader,
+    Voxels,
     ZarrReader,
     open_zarr_array,
 )
-from braincensus_kernels.boxes import Triple
+from braincensus.formats.skipping import SkippingReader, Unreadable, in_one_line
+from braincensus_kernels.boxes import Box, Triple
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,10 +51,13 @@ _SHARD_BYTES = 32 * 2**20  # several are in memory at once while they are compre
 _MOST_PLANES = 64
 _CHUNK_YX = 256
 _DONE = "planes-done"
+_UNREADABLE = "unreadable-planes.json"
 
 
-def make_copy(found: Found, source: ToCopy, *, scratch: Path | None, progress: Progress | None) -> Found:
-    """Copy what was found into chunks, and read it from there.
+def make_copy(
+    found: Found, source: ToCopy, *, scratch: Path | None, progress: Progress | None, skip: bool = False
+) -> Found:
+    """Copy what was found into chunks, and read it from there; with `skip`, unreadable planes as 0.
 
     Raises
     ------
@@ -60,16 +66,24 @@ def make_copy(found: Found, source: ToCopy, *, scratch: Path | None, progress: P
     """
     folder = scratch_folder(scratch, beside=source.beside)
     with source.open_planes() as read_planes:
-        reader, chunks = chunked_copy(
+        copied, chunks = chunked_copy(
             name=source.name,
-            identity=found.identity,
+            identity=found.identity | ({"on_unreadable": "skip"} if skip else {}),
             shape=found.shape,
             dtype=found.dtype,
             read_planes=read_planes,
             folder=folder,
             progress=progress,
+            skip=skip,
         )
-    note = f"{source.why}; read from a chunked copy, made once: {reader.root}"
+    reader: Reader = copied
+    if skip:  # what the copy lacks is settled; damage of the copy itself is not skipped, it can be made again
+        planes = _unreadable_planes(Path(copied.root))
+        known = tuple(
+            Unreadable(Box((z, 0, 0), (z + 1, *found.shape[1:])), planes[z]) for z in sorted(planes)
+        )
+        reader = SkippingReader(copied, found.shape, found.dtype.str, known=known, settled=True)
+    note = f"{source.why}; read from a chunked copy, made once: {copied.root}"
     return replace(found, reader=reader, chunks=chunks, notes=(*found.notes, note), to_copy=None)
 
 
@@ -128,6 +142,7 @@ def chunked_copy(
     read_planes: ReadPlanes,
     folder: Path,
     progress: Progress | None,
+    skip: bool,
 ) -> tuple[ZarrReader, Triple]:
     """Copy planes into a chunked zarr array, unless that was done before; return its reader and chunks.
 
@@ -138,7 +153,7 @@ def chunked_copy(
     OutputError
         If the copy cannot be written.
     InputError
-        If `read_planes` finds the source damaged.
+        If `read_planes` finds the source damaged, and damaged planes are not to be skipped.
     """
     key = hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()[:16]
     final = folder / f"{name}-{key}.zarr"
@@ -162,6 +177,8 @@ def chunked_copy(
                         dimension_names=["z", "y", "x"],
                         attributes={"braincensus_source": dict(identity)},
                     )
+                if skip:
+                    read_planes = _around(read_planes, partial, shape, dtype)
                 _copy(partial, done=done, slab=slab, read_planes=read_planes, progress=progress)
                 (partial / _DONE).unlink()
                 shutil.rmtree(final, ignore_errors=True)
@@ -211,6 +228,38 @@ def _copy(target: Path, *, done: int, slab: int, read_planes: ReadPlanes, progre
         mark.replace(target / _DONE)
         if progress:
             progress(COPYING, stop * plane, total * plane)
+
+
+def _around(read_planes: ReadPlanes, partial: Path, shape: Triple, dtype: np.dtype[Any]) -> ReadPlanes:
+    """Read planes as 0 that cannot be read, and note them before they are marked as done."""
+
+    def read(start: int, stop: int) -> Voxels:
+        try:
+            return read_planes(start, stop)
+        except InputError:
+            pass
+        planes = np.zeros((stop - start, *shape[1:]), dtype)
+        noted = _unreadable_planes(partial)
+        for z in range(start, stop):
+            try:
+                planes[z - start : z - start + 1] = read_planes(z, z + 1)
+            except InputError as err:
+                noted[z] = in_one_line(err)
+        new = partial / f"{_UNREADABLE}.new"
+        new.write_text(json.dumps({str(z): reason for z, reason in noted.items()}))
+        new.replace(partial / _UNREADABLE)
+        return planes
+
+    return read
+
+
+def _unreadable_planes(copy: Path) -> dict[int, str]:
+    """Return the planes that a copy could not read, each with the reason."""
+    try:
+        noted = json.loads((copy / _UNREADABLE).read_text())
+    except FileNotFoundError:
+        return {}
+    return {int(z): str(reason) for z, reason in noted.items()}
 
 
 def _planes_done(partial: Path, slab: int) -> int:

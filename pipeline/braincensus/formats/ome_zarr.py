@@ -26,6 +26,7 @@ from braincensus.errors import ConfigError, InputError, explain
 from braincensus.formats import mesospim
 from braincensus.formats.checks import (
     USUAL_AXES,
+    check_chunk,
     check_index,
     check_volume,
     choose_axes,
@@ -65,6 +66,7 @@ def open_ome_zarr(path: Path, *, channel: int, timepoint: int, level: int) -> Fo
     array = _open_array(image.root, array_path, image.version_of(array_path))
     what = str(image.root / array_path) if array_path else str(image.root)
     check_volume(array.shape, array.dtype, what=what)
+    check_chunk(array.chunks, array.dtype, what=what)
     names, notes = image.axis_names(array)
     axes = choose_axes(
         names, array.shape, channel=channel, timepoint=timepoint, what=what, channels=image.channel_names()
@@ -306,6 +308,9 @@ def _image_at(group: Path) -> _Image | None:
             )
         )
     levels = tuple(_inside(group, d.get("path") if isinstance(d, Mapping) else None) for d in datasets)
+    for level in levels:
+        if not (group / level).resolve().is_relative_to(group.resolve()):
+            raise _outside(group, level)
     notes = (f"first of {len(multiscales)} multiscale images used",) if len(multiscales) > 1 else ()
     return _Image(group, levels, attributes, multiscale, notes)
 
@@ -432,15 +437,20 @@ def _inside(group: Path, path: object) -> str:
     """Check that a path in metadata stays inside its store."""
     pure = PurePosixPath(path) if isinstance(path, str) and path.strip("/. ") else None
     if pure is None or pure.is_absolute() or ".." in pure.parts or "\\" in str(path):
-        raise InputError(
-            explain(
-                f"{group}: its metadata names a level outside the store",
-                expected="a path inside the store, such as 0",
-                found=repr(path),
-                cause="damaged metadata, or a store made to read other files",
-            )
-        )
+        raise _outside(group, path)
     return pure.as_posix()
+
+
+def _outside(group: Path, path: object) -> InputError:
+    return InputError(
+        explain(
+            f"{group}: its metadata names a level outside the store",
+            expected="a path inside the store, such as 0, that is no link out of it",
+            found=repr(path),
+            cause="damaged metadata, or a store made to read other files",
+            remedy="give the path of the level itself",
+        )
+    )
 
 
 def _list(value: object) -> list[Any]:

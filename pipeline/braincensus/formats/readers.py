@@ -11,7 +11,7 @@ import threading
 import zlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import prod
@@ -26,6 +26,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
 from braincensus.errors import BraincensusError, InputError, explain
+from braincensus.formats.expansion import check_expansion
 from braincensus_kernels.boxes import Box, Triple
 
 Voxels = npt.NDArray[Any]
@@ -137,6 +138,14 @@ class Reader(ABC):
     def _read(self, box: Box) -> Voxels:
         """Read a box in whatever byte order and layout is stored."""
 
+    def units(self, box: Box) -> list[Box] | None:
+        """List the units of storage that a box touches, each of which can be read or not, whole.
+
+        None: all is one unit. They may leave the volume.
+        """
+        del box
+        return None
+
     def _open(self) -> Any:
         """Open what `_read` needs; called once per process."""
         raise NotImplementedError
@@ -202,8 +211,12 @@ class StrictStore(LocalStore):
 
     zarr reads a chunk that is not there as the fill value, by design; but it takes an *empty*
     file, or a shard cut short, for an absent chunk too, so that an interrupted copy would read
-    as dark tissue.
+    as dark tissue. A chunk that would become larger than chunks are is an error before it is decoded.
     """
+
+    outermost_codec: str = ""
+    """Name of the codec of each chunk; empty: not looked into."""
+    chunk_bytes: int = 0
 
     async def get(
         self,
@@ -212,7 +225,9 @@ class StrictStore(LocalStore):
         byte_range: ByteRequest | None = None,
     ) -> Buffer | None:
         """Read a file or part of it; an empty or short answer raises OSError."""
-        return _complete(await super().get(key, prototype, byte_range), key, byte_range)
+        return self._bounded(
+            _complete(await super().get(key, prototype, byte_range), key, byte_range), key, byte_range
+        )
 
     def get_sync(
         self,
@@ -222,7 +237,15 @@ class StrictStore(LocalStore):
         byte_range: ByteRequest | None = None,
     ) -> Buffer | None:
         """Read without the event loop, under the same rule."""
-        return _complete(super().get_sync(key, prototype=prototype, byte_range=byte_range), key, byte_range)
+        found = super().get_sync(key, prototype=prototype, byte_range=byte_range)
+        return self._bounded(_complete(found, key, byte_range), key, byte_range)
+
+    def _bounded(self, data: Buffer | None, key: str, byte_range: ByteRequest | None) -> Buffer | None:
+        if data is not None and byte_range is None and self.outermost_codec and "zarr.json" not in key:
+            check_expansion(
+                data.as_numpy_array(), self.outermost_codec, chunk_bytes=self.chunk_bytes, key=key
+            )
+        return data
 
 
 class FullStore(StrictStore):
@@ -283,6 +306,10 @@ class ZarrReader(Reader):
     def _open(self) -> Any:
         return open_zarr_array(self.root, self.array, self.zarr_format, all_chunks=self.all_chunks)
 
+    def units(self, box: Box) -> list[Box] | None:
+        """List the chunks that a box touches; those of a shard are read one by one."""
+        return _chunks_of(box, self.axes.zyx(tuple(self._handle().chunks)))
+
     def _read(self, box: Box) -> Voxels:
         return self.axes.take(self._handle(), box)
 
@@ -314,7 +341,8 @@ class ZarrReader(Reader):
                 cause="a file that was lost, cut short or damaged while it was written or copied",
                 remedy=f"delete {self.root}; it is a copy and will be made again"
                 if self.all_chunks
-                else "copy that file again from the original, or delete it to read its voxels as empty",
+                else "copy that file again from the original; or count its voxels as 0: --on-unreadable skip "
+                "(input.on_unreadable: skip)",
             )
         )
 
@@ -331,7 +359,21 @@ def _chunks_of(box: Box, chunk: Triple) -> list[Box]:
 def open_zarr_array(root: str, array: str, zarr_format: int, *, all_chunks: bool = False) -> Any:
     """Open an array of a store on disk, read-only and strictly."""
     store = FullStore(root, read_only=True) if all_chunks else StrictStore(root, read_only=True)
-    return zarr.open_array(store=store, path=array, mode="r", zarr_format=3 if zarr_format == 3 else 2)
+    found = zarr.open_array(store=store, path=array, mode="r", zarr_format=3 if zarr_format == 3 else 2)
+    if found.shards is None:
+        store.chunk_bytes = prod(found.chunks) * found.dtype.itemsize
+        store.outermost_codec = _outermost(found.compressors)
+    return found
+
+
+def _outermost(compressors: Sequence[Any]) -> str:
+    """Return the name of the codec that was applied last, checksums apart, which are appended."""
+    for codec in reversed(compressors):
+        about = codec.to_dict() if hasattr(codec, "to_dict") else codec.get_config()
+        name = str(about.get("name", about.get("id", "")))
+        if name != "crc32c":
+            return name
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -398,6 +440,11 @@ class PlanesReader(Reader):
             stamp=stamp,
         )
 
+    def units(self, box: Box) -> list[Box] | None:
+        """List the planes that a box touches."""
+        rows, columns = self.plane_shape
+        return [Box((z, 0, 0), (z + 1, rows, columns)) for z in range(box.start[0], box.stop[0])]
+
     def _open(self) -> Any:
         names = zlib.decompress(self.packed_names).decode().split("\0")
         offsets = np.cumsum(np.frombuffer(zlib.decompress(self.packed_offsets), dtype=np.int64))
@@ -440,7 +487,12 @@ def need_bytes(path: str | Path, n_bytes: int, *, plane: int | None = None) -> i
                 expected=f"at least {n_bytes:,} bytes",
                 found=f"{size:,} bytes",
                 cause="an acquisition or a copy that was interrupted",
-                remedy="copy the file again from the original",
+                remedy="copy the file again from the original"
+                + (
+                    ""
+                    if plane is None
+                    else "; or count its voxels as 0: --on-unreadable skip (input.on_unreadable: skip)"
+                ),
             )
         )
     return size

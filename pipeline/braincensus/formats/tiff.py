@@ -29,6 +29,7 @@ from braincensus.errors import BraincensusError, InputError, explain
 from braincensus.formats import mesospim
 from braincensus.formats.checks import (
     USUAL_AXES,
+    check_chunk,
     check_index,
     check_volume,
     choose_axes,
@@ -125,15 +126,18 @@ def open_tiff(path: Path, *, channel: int, timepoint: int, level: int) -> Found:
                         pages = _pages_of_volume(series, names, axes.select, axes.order, path)
                         yield _page_reader(tif, pages, path, shape, found.dtype)
 
+                check_chunk((1, *shape[1:]), dtype, what=f"{path}, whose planes are decoded whole")
                 copy = ToCopy(name=path.stem, beside=path.parent, why=_WHY_COPY, open_planes=open_again)
                 found = replace(found, to_copy=copy)
     return mesospim.add_sidecar(found, path, full_shape)
 
 
 def open_planes(
-    folder: Path, *, channel: int, timepoint: int, level: int, progress: Progress | None
+    folder: Path, *, channel: int, timepoint: int, level: int, progress: Progress | None, skip: bool = False
 ) -> Found:
     """Find the volume in a folder of TIFF planes, in natural order of their names.
+
+    With `skip`, planes whose header cannot be read, or that are cut short, are there but unreadable.
 
     Raises
     ------
@@ -147,14 +151,22 @@ def open_planes(
     for word, index in (("channel", channel), ("timepoint", timepoint), ("level", level)):
         check_index(index, 1, word=word, what=str(folder))
     _check_one_image(folder, names)
-    planes = _read_headers(folder, names, progress)
-    first = planes[0]
+    planes = _read_headers(folder, names, progress, skip=skip)
+    whole = next((i for i, plane in enumerate(planes) if plane.dtype is not None), None)
+    if whole is None:
+        raise _damaged(folder / names[0], "no plane of the folder can be read")
+    first = planes[whole]
+    assert first.dtype is not None
+    planes = [
+        plane if plane.dtype is not None else replace(plane, shape=first.shape, dtype=first.dtype)
+        for plane in planes
+    ]
     for name, plane in zip(names, planes, strict=True):
         if (plane.shape, plane.dtype) != (first.shape, first.dtype):
             raise InputError(
                 explain(
                     f"the planes in {folder} differ",
-                    expected=f"{first.shape} {first.dtype}, as {names[0]}",
+                    expected=f"{first.shape} {first.dtype}, as {names[whole]}",
                     found=f"{plane.shape} {plane.dtype} in {name}",
                     cause="two acquisitions in one folder, or an interrupted one",
                     remedy="keep one stack per folder",
@@ -175,7 +187,7 @@ def open_planes(
         "bytes": prod(shape) * first.dtype.itemsize,
         "fingerprint": listing.hexdigest()[:32],
     }
-    with _opened(folder / names[0]) as (tif, _):
+    with _opened(folder / names[whole]) as (tif, _):
         kind, voxel_size, missing = _metadata_of(tif, 0)
     found = Found(
         format=f"folder of {len(names)} {kind} planes",
@@ -200,6 +212,7 @@ def open_planes(
         found = replace(found, reader=reader)
     else:
         read_planes = _file_reader(folder, names, shape, found.dtype)
+        check_chunk((1, *first.shape), first.dtype, what=f"{folder}, whose planes are decoded whole")
         copy = ToCopy(
             name=folder.stem,
             beside=folder.parent,
@@ -407,17 +420,35 @@ def _is_one_run(page: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Plane:
-    """What one file of a folder says of its plane; no offset if it must be decoded."""
+    """What one file of a folder says of its plane.
+
+    Without an offset it must be decoded; without a dtype it is damaged.
+    """
 
     shape: tuple[int, int]
-    dtype: np.dtype[Any]
+    dtype: np.dtype[Any] | None
     offset: int | None
     size: int
     mtime_ns: int
 
 
-def _read_headers(folder: Path, names: Sequence[str], progress: Progress | None) -> list[_Plane]:
+_NOWHERE = 2**60
+"""Offset of a plane that cannot be read: behind the end of any file."""
+
+
+def _read_headers(
+    folder: Path, names: Sequence[str], progress: Progress | None, *, skip: bool
+) -> list[_Plane]:
     def header(name: str) -> _Plane:
+        try:
+            return whole_header(name)
+        except InputError:
+            if not skip:
+                raise
+            status = (folder / name).stat()
+            return _Plane((0, 0), None, _NOWHERE, status.st_size, status.st_mtime_ns)
+
+    def whole_header(name: str) -> _Plane:
         path = folder / name
         with _opened(path) as (tif, images):
             if len(tif.pages) != 1:

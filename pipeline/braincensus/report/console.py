@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     ProgressColumn,
@@ -18,6 +19,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from braincensus.formats.skipping import unreadable_warning
 from braincensus.planning import Plan, gib
 from braincensus.preflight_checks import Preflight
 from braincensus.progress import COUNTED, STAGE_TITLES
@@ -144,6 +146,8 @@ def result_table(result: Result) -> Table:
     table.add_row("cells", f"{result.n_cells:,}")
     table.add_row("density", f"{result.n_cells / volume_mm3:,.0f} cells/mm^3 over {volume_mm3:.3g} mm^3")
     table.add_row("tissue", _tissue(about["intensity"]))
+    if about["input"].get("unreadable"):
+        table.add_row("[red]not read[/red]", f"[red]{escape(unreadable_warning(about['input']))}[/red]")
     table.add_row("labelling", seams["method"])
     table.add_row("seams", _seams(seams))
     labelling = about["labelling"]

@@ -202,6 +202,7 @@ def draw_result(path: str | Path, result: Result) -> None:
             timepoint=chosen["timepoint"],
             level=chosen["level"],
             voxel_size_um=chosen["voxel_size_um"],
+            on_unreadable=chosen.get("on_unreadable", "fail"),
         )
     except (InputError, ConfigError, OutputError):
         image = _opened(result.path)

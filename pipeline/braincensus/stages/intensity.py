@@ -9,7 +9,8 @@ tiles' largest values, proves of dark parts of the volume that no model can see 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import Any
@@ -19,6 +20,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from braincensus.blocks import BlockGrid
 from braincensus.errors import InputError, explain
+from braincensus.formats.skipping import Unreadable, meet, n_voxels
 from braincensus.planning import LATTICE
 from braincensus.store import Output
 from braincensus.tasks import Context
@@ -72,6 +74,8 @@ class IntensityRange:
     high: float
     median: float
     windows: tuple[Window, ...] = ()
+    unreadable: tuple[Unreadable, ...] = ()
+    """What of the input counts as 0."""
 
     @property
     def tissue_threshold(self) -> float:
@@ -95,6 +99,7 @@ class _Scanned:
     joint: JointHistogram
     windows: list[Window]
     extrema: tuple[float, float]
+    unreadable: tuple[Unreadable, ...]
 
 
 @dataclass(frozen=True)
@@ -107,12 +112,12 @@ class _Scan:
 
 
 def run(context: Context) -> IntensityRange:
-    """Scan the volume.
+    """Scan the volume; from here on the plan's volume knows what of it cannot be read.
 
     Raises
     ------
     InputError
-        If the volume holds NaN or infinity, or one value only.
+        If the volume holds NaN or infinity, or one value only; or cannot be read.
     """
     plan = context.plan
     volume, grid, settings = plan.volume, plan.scan_grid, plan.config.intensity
@@ -131,14 +136,17 @@ def run(context: Context) -> IntensityRange:
         joint = add_histograms([])
         windows: list[Window] = []
         extrema = (np.inf, -np.inf)
-        spec = _Scan(volume, grid, plan.scan_tasks, context.output, scale)
-        classes = (_Scanned, JointHistogram, Window, Box)
-        for _, found in context.map(
+        unreadable: dict[int, tuple[Unreadable, ...]] = {}
+        spec = _Scan(context.plan.volume, grid, plan.scan_tasks, context.output, scale)
+        classes = (_Scanned, JointHistogram, Window, Box, Unreadable)
+        for number, found in context.map(
             "intensity", _scan_blocks, spec, spec.tasks, name="intensity-block", classes=classes
         ):
             joint = add_histograms([joint, found.joint])
             windows.extend(found.windows)
             extrema = min(extrema[0], found.extrema[0]), max(extrema[1], found.extrema[1])
+            unreadable[number] = found.unreadable
+        every = _settle(context, unreadable)
         _refuse_constant(extrema, volume)
         threshold = None
         if settings.tissue_threshold != "auto":
@@ -149,7 +157,7 @@ def run(context: Context) -> IntensityRange:
         )
     median = tissue_median(joint, tissue)
     windows.sort(key=lambda window: window.box)
-    return IntensityRange(scale, tissue, low, high, median, tuple(windows))
+    return IntensityRange(scale, tissue, low, high, median, tuple(windows), every)
 
 
 def _scale(context: Context) -> IntensityScale:
@@ -157,20 +165,69 @@ def _scale(context: Context) -> IntensityScale:
     plan = context.plan
     spec = _Scan(plan.volume, plan.scan_grid, plan.scan_tasks, context.output, None)
     lowest, highest = np.inf, -np.inf
-    for _, (low, high) in context.map("intensity", _extrema_blocks, spec, spec.tasks, name="extrema-block"):
+    unreadable: dict[int, tuple[Unreadable, ...]] = {}
+    for number, (low, high, bad) in context.map(
+        "intensity", _extrema_blocks, spec, spec.tasks, name="extrema-block", classes=(Unreadable, Box)
+    ):
         lowest, highest = min(lowest, low), max(highest, high)
+        unreadable[number] = bad
+    _settle(context, unreadable)
     _refuse_constant((lowest, highest), plan.volume)
     return scale_for(plan.volume.dtype, lowest, highest)
 
 
-def _extrema_blocks(spec: _Scan, task: int) -> tuple[float, float]:
+def _extrema_blocks(spec: _Scan, task: int) -> tuple[float, float, tuple[Unreadable, ...]]:
     found = [_extrema_block(spec, number) for number in spec.grid.numbers_in(spec.tasks[task].core)]
-    return min(low for low, _ in found), max(high for _, high in found)
+    unreadable = _once_each(bad for _, _, several in found for bad in several)
+    return min(low for low, _, _ in found), max(high for _, high, _ in found), unreadable
 
 
-def _extrema_block(spec: _Scan, number: int) -> tuple[float, float]:
+def _once_each(unreadable: Iterable[Unreadable]) -> tuple[Unreadable, ...]:
+    """Drop what several blocks of a task found."""
+    return tuple({bad.box: bad for bad in unreadable}.values())
+
+
+def _settle(context: Context, unreadable: Mapping[int, tuple[Unreadable, ...]]) -> tuple[Unreadable, ...]:
+    """Let all that follows read the same: what some block could not read counts as 0 for every block.
+
+    Raises
+    ------
+    InputError
+        If some blocks could read what others could not, or hardly anything can be read.
+    """
+    plan = context.plan
+    reasons = {bad.box: bad for number in sorted(unreadable) for bad in unreadable[number]}
+    for number, found in unreadable.items():
+        core, seen = plan.scan_tasks[number].core, {bad.box for bad in found}
+        for box, bad in reasons.items():
+            if box not in seen and meet(box, core):
+                raise InputError(
+                    explain(
+                        f"{plan.volume.source}: a part could be read once and not another time",
+                        found=bad.reason,
+                        cause="a file system that comes and goes, or a file that was changed meanwhile",
+                        remedy="look after it, then run again with --fresh (fresh=True)",
+                    )
+                )
+    if 2 * n_voxels(reasons.values()) > plan.voxels:
+        raise InputError(
+            explain(
+                f"{plan.volume.source}: most of it cannot be read",
+                found=f"{n_voxels(reasons.values()):,} of {plan.voxels:,} voxels; "
+                + min(reasons.items())[1].reason,
+                cause="a file system that is away, or a copy that was interrupted",
+                remedy="copy the volume again from the original, then run again with --fresh (fresh=True)",
+            )
+        )
+    every = tuple(reasons[box] for box in sorted(reasons))
+    context.plan = replace(plan, volume=plan.volume.settled(every))
+    return every
+
+
+def _extrema_block(spec: _Scan, number: int) -> tuple[float, float, tuple[Unreadable, ...]]:
     core = spec.grid[number].core
-    found = finite_extrema(spec.volume.read(core))
+    values, unreadable = spec.volume.read_noting(core)
+    found = finite_extrema(values)
     if found.first_nonfinite is not None:
         position = tuple(a + b for a, b in zip(found.first_nonfinite, core.start, strict=True))
         raise InputError(
@@ -183,7 +240,7 @@ def _extrema_block(spec: _Scan, number: int) -> tuple[float, float]:
                 remedy="replace them with 0 (for example numpy.nan_to_num) and run again",
             )
         )
-    return found.minimum, found.maximum
+    return found.minimum, found.maximum, unreadable
 
 
 def _scan_blocks(spec: _Scan, task: int) -> _Scanned:
@@ -193,13 +250,14 @@ def _scan_blocks(spec: _Scan, task: int) -> _Scanned:
         add_histograms([part.joint for part in parts]),
         [window for part in parts for window in part.windows],
         (min(part.extrema[0] for part in parts), max(part.extrema[1] for part in parts)),
+        _once_each(bad for part in parts for bad in part.unreadable),
     )
 
 
 def _scan_block(spec: _Scan, number: int) -> _Scanned:
     assert spec.scale is not None
     core = spec.grid[number].core
-    values = spec.volume.read(core)
+    values, unreadable = spec.volume.read_noting(core)
     found = finite_extrema(values)
     quantised = spec.scale.quantise(values)
     del values
@@ -209,7 +267,8 @@ def _scan_block(spec: _Scan, number: int) -> _Scanned:
     spec.output.write_block(TILE_TOP, tiles_of(core), tiles.top)
     level = np.where(tiles.constant, np.float32(-1), tiles.median)
     windows = _candidate_windows(core, level, tiles.mean, share_of_windows(spec.grid))
-    return _Scanned(joint_histogram(quantised, tiles), windows, (found.minimum, found.maximum))
+    extrema = (found.minimum, found.maximum)
+    return _Scanned(joint_histogram(quantised, tiles), windows, extrema, unreadable)
 
 
 def tiles_of(box: Box) -> Box:

@@ -7,8 +7,9 @@ networks trained with labels is in supervised.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from braincensus_kernels.boxes import Box
 from braincensus_kernels.models.calibrate import NormStatistics, calibrate
 from braincensus_kernels.models.checkpoints import Weights, load_weights
 from braincensus_kernels.models.predict import Predictor
+from braincensus_kernels.models.sparing import ELSEWHERE, SPARING, predict_sparing
 from braincensus_kernels.models.stream import predict_ahead
 
 NORM_STATISTICS = "norm_statistics"
@@ -41,6 +43,23 @@ class Predicts(Protocol):
     def predict(self, patch: np.ndarray) -> np.ndarray:
         """Return the foreground probability of a patch without its halo."""
 
+    def economise(self) -> None:
+        """Give back the memory that only makes it faster, from now on."""
+
+
+@dataclass(frozen=True)
+class Spared:
+    """Patches for which the GPU had too little memory: what else was done."""
+
+    sparing: int = 0
+    """With one set of buffers and no graph: the same bits, slower."""
+    on_cpu: int = 0
+    """On the CPU: the same but for rounding."""
+
+    def __add__(self, other: Spared) -> Spared:
+        """Count together."""
+        return Spared(self.sparing + other.sparing, self.on_cpu + other.on_cpu)
+
 
 def _predict_all(predictor: Predicts, inputs: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     """Predict patch after patch; the next is read meanwhile, and the device is held only while it works."""
@@ -55,6 +74,10 @@ def _paste(predicted: np.ndarray, patch: Box, probability: np.ndarray, core: Box
     probability[inside.slices_in(core)] = predicted[inside.slices_in(patch)]
 
 
+def _always(patch: np.ndarray) -> Callable[[int], np.ndarray]:
+    return lambda _: patch
+
+
 @dataclass(frozen=True)
 class Network:
     """A network's place in a run: small, and sent with every task; weights and statistics are not."""
@@ -66,10 +89,13 @@ class Network:
     weights_sha256: str
     device: str
     threads: int
+    may_use_cpu: bool
+    """Whether a patch may go to the CPU for which the GPU has too little memory (compute.device: auto)."""
 
-    def foreground(self, core: Box) -> tuple[np.ndarray, list[Box]]:
-        """Return the foreground probability of a region, float32 in [0, 1], and which patches were dark.
+    def foreground(self, core: Box) -> tuple[np.ndarray, list[Box], Spared]:
+        """Return the foreground probability of a region, its dark patches, and those short of memory.
 
+        Probability is float32 in [0, 1].
         A dark patch is known to be 0 everywhere before it is read. What the network makes of such a patch is
         found out once for each shape: the bits are those that it would have given here.
         """
@@ -80,16 +106,43 @@ class Network:
         dark: list[Box] = []
         for patch in self.patches(core):
             (dark if self.volume.is_dark(patch.dilate(predictor.halo_voxels)) else bright).append(patch)
+        ways: Counter[str] = Counter()
         for patch in dark:
             if patch.shape not in of_dark:
-                with device_slot:
-                    nothing = np.zeros(patch.dilate(predictor.halo_voxels).shape, np.float32)
-                    of_dark[patch.shape] = predictor.predict(nothing)
+                nothing = np.zeros(patch.dilate(predictor.halo_voxels).shape, np.float32)
+                ((of_dark[patch.shape], how),) = self._predicted(predictor, 1, _always(nothing))
+                ways[how] += 1
             _paste(of_dark[patch.shape], patch, probability, core)
-        inputs = (self.input(patch.dilate(predictor.halo_voxels)) for patch in bright)
-        for patch, predicted in zip(bright, _predict_all(predictor, inputs), strict=True):
+        found = self._predicted(
+            predictor,
+            len(bright),
+            lambda number: self.input(bright[number].dilate(predictor.halo_voxels)),
+        )
+        for patch, (predicted, how) in zip(bright, found, strict=True):
             _paste(predicted, patch, probability, core)
-        return probability, dark
+            ways[how] += 1
+        return probability, dark, Spared(ways[SPARING], ways[ELSEWHERE])
+
+    def _predicted(
+        self, predictor: Predicts, patches: int, read: Callable[[int], np.ndarray]
+    ) -> Iterator[tuple[np.ndarray, str]]:
+        return predict_sparing(
+            predictor,
+            patches,
+            read,
+            predict_all=lambda inputs: _predict_all(predictor, inputs),
+            elsewhere=self._on_cpu if self.may_use_cpu else None,
+        )
+
+    def _on_cpu(self) -> Callable[[np.ndarray], np.ndarray]:
+        """Load the network on the CPU beside the one on the GPU."""
+        predictor = keep("predictor on cpu", self.volume.output.token, replace(self, device="cpu").ready)
+
+        def predict(patch: np.ndarray) -> np.ndarray:
+            with device_slot:
+                return predictor.predict(patch)
+
+        return predict
 
     @property
     def extent_step(self) -> int:

@@ -7,7 +7,7 @@ Or those that the weights bring along: the same for every volume of a study, wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from braincensus.stages.network import NORM_STATISTICS, Network
 from braincensus.tasks import Context
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.models.calibrate import NormStatistics, stored_calibration
+from braincensus_kernels.models.sparing import let_go, out_of_memory
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Calibration:
     windows: tuple[Box, ...]
     reach_voxels: int | None
     """None: norms are taken per window, of which a voxel sees all."""
+    on_cpu: bool = False
+    """Whether the GPU had too little memory for it."""
 
     def summary(self) -> dict[str, Any]:
         """Give what belongs in the provenance."""
@@ -36,6 +39,7 @@ class Calibration:
             "calibration": "volume" if self.windows else "stored",
             "calibration_windows": [list(window.start) for window in self.windows],
             "reach_voxels": self.reach_voxels,
+            **({"calibrated_on_cpu": True} if self.on_cpu else {}),
             "foreground_class": int(self.statistics.foreground_class),
         }
 
@@ -75,16 +79,29 @@ def _choose(intensity: IntensityRange, foreground: WNet3DForeground | Supervised
 
 def _calibrate(task: tuple[Network, tuple[Box, ...]], _: int) -> Calibration:
     network, windows = task
+    on_cpu = False
     if windows:
         step = network.extent_step
         z, y, x = (-(-n // step) * step for n in windows[0].shape)
-        statistics = network.measure(
-            [Box(w.start, (w.start[0] + z, w.start[1] + y, w.start[2] + x)) for w in windows]
-        )
+        boxes = [Box(w.start, (w.start[0] + z, w.start[1] + y, w.start[2] + x)) for w in windows]
+        statistics, on_cpu = _measure(network, boxes)
     else:
         stored = stored_calibration(network.weights())
         assert stored is not None, "the client has looked"
         statistics = stored
     calibrated = network.settings.norm == "calibrated"
     reach = network.predictor(statistics).reach_voxels if calibrated else None
-    return Calibration(statistics, windows, reach)
+    return Calibration(statistics, windows, reach, on_cpu)
+
+
+def _measure(network: Network, windows: list[Box]) -> tuple[NormStatistics, bool]:
+    """Measure on the worker's device, or on the CPU where that has too little memory; say whether."""
+    try:
+        return network.measure(windows), False
+    except RuntimeError as err:
+        if not out_of_memory(err):
+            raise
+    if not network.may_use_cpu:
+        raise MemoryError("not enough memory for the calibration windows together")
+    let_go()
+    return replace(network, device="cpu").measure(windows), True

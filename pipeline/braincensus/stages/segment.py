@@ -7,7 +7,7 @@ the volume in one range (scaled.py) -> norms set once (norms.py) -> the network,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from braincensus.blocks import BlockGrid
 from braincensus.config import IntensityForeground, SupervisedForeground, WNet3DForeground
 from braincensus.errors import InputError, explain
 from braincensus.stages.intensity import IntensityRange
-from braincensus.stages.network import Network
+from braincensus.stages.network import Network, Spared
 from braincensus.stages.norms import set_norms
 from braincensus.stages.scaled import ScaledVolume
 from braincensus.stages.supervised import SupervisedNetwork
@@ -42,7 +42,7 @@ class _Contrast:
 
     volume: ScaledVolume
 
-    def foreground(self, core: Box) -> tuple[np.ndarray, list[Box]]:
+    def foreground(self, core: Box) -> tuple[np.ndarray, list[Box], Spared]:
         """Return contrast to the local background as a probability, float32 in [0, 1], and dark parts."""
         probability = np.zeros(core.shape, np.float32)
         dark = []
@@ -57,7 +57,7 @@ class _Contrast:
                 median=self.volume.intensity.median,
                 high=self.volume.intensity.high,
             )
-        return probability, dark
+        return probability, dark, Spared()
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,20 @@ def run(
             model = _Contrast(_scaled(context, intensity))
         spec = _Segment(plan.segment_grid, output, plan.config.foreground.model, model)
         dark = [np.empty((0, 6), np.int64)]
-        for _, boxes in context.map(
-            "segment", _segment_region, spec, plan.segment_grid, name="segment-region"
+        spared = Spared()
+        for _, (boxes, more) in context.map(
+            "segment", _segment_region, spec, plan.segment_grid, name="segment-region", classes=(Spared,)
         ):
             dark.append(boxes)
+            spared += more
         about["dark"] = _list_dark(output, np.concatenate(dark))
+    if spared != Spared():
+        about["gpu_out_of_memory"] = asdict(spared)
+        context.progress.message(
+            f"the GPU had too little memory for {spared.sparing + spared.on_cpu:,} patches: "
+            f"{spared.sparing:,} were done more slowly, {spared.on_cpu:,} on the CPU; smaller ones need less "
+            "(foreground.patch_voxels, which is part of the result)"
+        )
     return about
 
 
@@ -113,6 +122,7 @@ def network_of(context: Context, intensity: IntensityRange, weights: Weights | S
         "weights_sha256": weights.sha256,
         "device": plan.resources.device,
         "threads": plan.resources.threads,
+        "may_use_cpu": plan.resources.device != "cpu" and plan.config.compute.device == "auto",
     }
     if isinstance(settings, SupervisedForeground):
         return SupervisedNetwork(**place, model=settings.model)
@@ -153,9 +163,9 @@ def _set_norms(context: Context, network: Network, intensity: IntensityRange) ->
     return about | calibration.summary()
 
 
-def _segment_region(spec: _Segment, number: int) -> np.ndarray:
+def _segment_region(spec: _Segment, number: int) -> tuple[np.ndarray, Spared]:
     core = spec.grid[number].core
-    probability, dark = spec.model.foreground(core)
+    probability, dark, spared = spec.model.foreground(core)
     bad = np.count_nonzero(~np.isfinite(probability))
     if bad:  # as integers they would look like any other probability
         raise InputError(
@@ -170,4 +180,4 @@ def _segment_region(spec: _Segment, number: int) -> np.ndarray:
     stored = np.rint(probability * np.float32(PROBABILITY_TOP)).astype(np.uint16)
     spec.output.write_block(PROBABILITY, core, stored)
     boxes = [box.intersect(core) for box in dark]
-    return np.array([[*box.start, *box.stop] for box in boxes], np.int64).reshape(-1, 6)
+    return np.array([[*box.start, *box.stop] for box in boxes], np.int64).reshape(-1, 6), spared

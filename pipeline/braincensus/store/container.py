@@ -28,7 +28,7 @@ from braincensus.store.files import (
     read_arrays,
     unreadable,
     write_arrays,
-    write_whole,
+    write_npy,
     writing,
 )
 from braincensus.store.ome_metadata import TripleFloat
@@ -104,6 +104,7 @@ class Output:
         OutputError
             If the disk is full or the place cannot be written.
         """
+        self._check_mine()
         arrays.write(self.path, name, box, values)
 
     def read_block(self, name: str, box: Box) -> np.ndarray:
@@ -125,6 +126,7 @@ class Output:
 
     def write_work(self, name: str, columns: Mapping[str, np.ndarray]) -> None:
         """Write named arrays as a working file, for example ``partials/0000012``; whole or not at all."""
+        self._check_mine()
         write_arrays(self._work(name, ".safetensors"), columns)
 
     def read_work(self, name: str) -> dict[str, np.ndarray]:
@@ -139,11 +141,8 @@ class Output:
 
     def write_map(self, name: str, values: np.ndarray) -> None:
         """Write one array as a working file that `map_work` can map (``<name>.npy``)."""
-        write_whole(
-            self._work(name, ".npy"),
-            lambda file: np.lib.format.write_array(file, np.ascontiguousarray(values), allow_pickle=False),
-            durable=False,
-        )
+        self._check_mine()
+        write_npy(self._work(name, ".npy"), values)
 
     def map_work(self, name: str) -> np.ndarray:
         """Map an array that `write_map` wrote: only the pages that are looked at are read."""
@@ -220,18 +219,31 @@ class Output:
             raise ValueError(f"the provenance keeps {', '.join(taken)} for itself")
         self._rewrite_root(changes, ome=None)
 
+    def _check_mine(self) -> None:
+        """Refuse to write into what has become the output of another run.
+
+        A task whose client died may go on, or hang and wake up; by then another run may have begun here,
+        with other settings.
+        """
+        recorded = (root_attributes(self.path) or {}).get(KEY, {})
+        if recorded.get("token") != self.token:
+            raise self._replaced()
+
+    def _replaced(self) -> OutputError:
+        return OutputError(
+            explain(
+                f"{self.path} is no longer the output of this run",
+                cause="another run has replaced it, or it was removed",
+                remedy="give every run its own output",
+            )
+        )
+
     def _rewrite_root(self, changes: Mapping[str, Any], *, ome: Mapping[str, Any] | None) -> None:
         with _writing_root:
             attributes = root_attributes(self.path) or {}
             recorded = attributes.get(KEY, {})
             if recorded.get("token") != self.token:
-                raise OutputError(
-                    explain(
-                        f"{self.path} is no longer the output of this run",
-                        cause="another run has replaced it, or it was removed",
-                        remedy="give every run its own output",
-                    )
-                )
+                raise self._replaced()
             attributes[KEY] = {**recorded, **jsonable(changes)}
             if ome is not None:
                 attributes = {"ome": jsonable(ome), **attributes}
@@ -363,6 +375,7 @@ def reopen_output(output: Output, *, voxel_size_um: TripleFloat) -> Output:
     OutputError
         If nothing can be written there.
     """
+    _refuse_links(output.path)
     attributes = root_attributes(output.path) or {}
     recorded = attributes.get(KEY, {})
     again = Output(output.path, voxel_size_um, uuid.uuid4().hex)
@@ -374,6 +387,22 @@ def reopen_output(output: Output, *, voxel_size_um: TripleFloat) -> Output:
             if not (output.path / group / "zarr.json").is_file():
                 write_group(output.path / group, {})
     return again
+
+
+def _refuse_links(place: Path) -> None:
+    """Refuse an output in which a folder is a link: what is written or removed would be elsewhere."""
+    for folder, folders, _ in os.walk(place):
+        for name in folders:
+            if (Path(folder) / name).is_symlink():
+                raise OutputError(
+                    explain(
+                        f"{Path(folder) / name} is a link",
+                        expected="an output whose folders are its own",
+                        found=f"a link to {os.readlink(Path(folder) / name)}",
+                        remedy="put the folder itself there, or start over with --fresh (fresh=True)",
+                    )
+                )
+        folders[:] = [name for name in folders if name not in ("c", "done")]  # files of voxels, and marks
 
 
 def open_output(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Output:

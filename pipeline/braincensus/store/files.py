@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -87,16 +88,16 @@ def writing(path: Path) -> Iterator[None]:
     except OutputError:
         raise
     except OSError as err:
-        full = err.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise OutputError(
             explain(
                 f"cannot write {path}",
-                found=err.strerror or str(err),
+                found=(err.strerror or str(err)) + (_free(path) if full else ""),
                 cause="the disk, or your share of it, is full"
                 if full
                 else "no permission, or the disk is gone",
                 remedy=(
-                    "free some space, or write the output elsewhere"
+                    "free some space, then run again: done blocks are kept; or write the output elsewhere"
                     if full
                     else "choose a folder that you can write to"
                 ),
@@ -104,10 +105,40 @@ def writing(path: Path) -> Iterator[None]:
         ) from err
 
 
+def _free(path: Path) -> str:
+    """Say how much room there is where a file could not be written."""
+    try:
+        free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
+    except (OSError, StopIteration):
+        return ""
+    return f"; {free / 1e6:,.1f} MB are free there, for whoever may use them"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, durably."""
     text = json.dumps(value, indent=2, allow_nan=False)
     write_whole(path, lambda file: file.write(text.encode()), durable=True)
+
+
+def write_npy(path: Path, values: np.ndarray) -> None:
+    """Write one array as ``.npy``.
+
+    NumPy's own writer hands the file to C, which does not tell of what found no room on the disk.
+
+    Raises
+    ------
+    ValueError
+        If the array holds Python objects.
+    """
+    array = np.ascontiguousarray(values)
+    if array.dtype.hasobject:
+        raise ValueError("an array of Python objects would be a pickle; refused")
+
+    def write(file: IO[bytes]) -> None:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.reshape(-1).view(np.uint8).data)
+
+    write_whole(path, write, durable=False)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -161,7 +161,10 @@ def _abandoned(path: Path) -> bool:
     content = _content(path)
     if content.get("host") == socket.gethostname() and content.get("pid") is not None:
         try:
-            began = psutil.Process(int(content["pid"])).create_time()
+            holder = psutil.Process(int(content["pid"]))
+            began = holder.create_time()
+            if holder.status() == psutil.STATUS_ZOMBIE:  # dead; its parent has not looked yet
+                return True
         except psutil.NoSuchProcess:
             return True
         except (psutil.Error, ValueError, TypeError):

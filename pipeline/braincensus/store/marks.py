@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from braincensus.errors import OutputError
@@ -51,11 +51,14 @@ class Mark:
         try:
             arrays = self.output.read_work(self._name)
             key, result, files = unpack(arrays, classes)
-        except (OutputError, ValueError) as err:
+            files = [(relative, int(size), int(checksum)) for relative, size, checksum in files]
+        except (OutputError, ValueError, TypeError) as err:
             raise NotDoneError(str(err)) from err
         if key != self.key:
             raise NotDoneError("it was done for something else")
         for relative, size, checksum in files:
+            if not _is_inside(relative):  # not written by us
+                raise NotDoneError(f"{relative!r} names a file outside the output")
             if _size_and_checksum(self.output.path / relative) != (size, checksum):
                 raise NotDoneError(f"{relative} is not what was written")
         return result
@@ -71,6 +74,11 @@ class Mark:
 
 class NotDoneError(Exception):
     """A block that is to be done (again)."""
+
+
+def _is_inside(relative: object) -> bool:
+    path = PurePosixPath(relative) if isinstance(relative, str) and relative else None
+    return path is not None and not path.is_absolute() and ".." not in path.parts
 
 
 def _size_and_checksum(path: Path) -> tuple[int, int]:

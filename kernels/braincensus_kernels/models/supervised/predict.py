@@ -195,6 +195,9 @@ class SupervisedPredictor:
             network = cast(nn.Module, network.to(memory_format=torch.channels_last_3d))  # type: ignore[call-overload]
         self._network: nn.Module = network.to(device)
 
+    def economise(self) -> None:
+        """Give back nothing: it keeps nothing between patches."""
+
     @property
     def reach_voxels(self) -> int | None:
         """How far the network looks: a halo of as much is exact. None: as far as the patch goes."""
