@@ -71,7 +71,8 @@ def draw_scan(spec: intensity._Scan, task: int) -> intensity._Scanned:
         core = spec.grid[number].core
         level = np.broadcast_to(np.float32(task % 40 + 380), tuple(-(-n // 8) for n in core.shape))
         windows += intensity._candidate_windows(core, level, level + 9, intensity.share_of_windows(spec.grid))
-    return intensity._Scanned(joint_histogram(q, tiles), windows, (float(q.min()), float(q.max())))
+    extrema = float(q.min()), float(q.max())
+    return intensity._Scanned(joint_histogram(q, tiles), windows, extrema, ())
 
 
 def draw_threshold(spec: threshold._Threshold, number: int) -> np.ndarray:
