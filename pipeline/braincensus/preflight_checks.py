@@ -194,7 +194,7 @@ def part_of(plan: Plan) -> Box:
     """Choose the part of the volume to measure on: in the middle, of about a minute's work."""
     shape = plan.volume.shape
     most = prod(shape) * min(1.0, _MEASURED_S / sum(plan.seconds.values()))
-    side = next((side for side in _SIDES if side**3 <= most), _SIDES[-1])
+    side = next((side for side in _SIDES if prod(min(n, side) for n in shape) <= most), _SIDES[-1])
     z, y, x = (min(n, side) for n in shape)
     start = tuple((n - m) // 2 // 8 * 8 for n, m in zip(shape, (z, y, x), strict=True))
     return Box((start[0], start[1], start[2]), (start[0] + z, start[1] + y, start[2] + x))

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from braincensus import OutputError, RunConfig, open_result
 from braincensus.cli import app
+from braincensus.formats.phantom import write_phantom_file
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.phantom import Phantom
 
@@ -282,6 +283,24 @@ def test_dry_run_and_plan_compute_and_write_nothing(tmp_path, volume):
         assert "halo" in shown.output
         assert "memory per worker" in shown.output
     assert not (tmp_path / "out.zarr").exists()
+
+
+def test_plan_measures_on_a_part_and_says_the_cost(tmp_path):
+    write_phantom_file(tmp_path / "b.phantom.json", Phantom(shape=(64, 96, 96), n_cells=80, seed=1))
+    out = tmp_path / "out.zarr"
+    arguments = [tmp_path / "b.phantom.json", out, "--foreground", "intensity", "--workers", 1]
+    result = call("plan", *arguments, "--measure", "--price-per-hour", 3600)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    for expected in ("measured on 64 x 96 x 96", "at 3600 per hour", "1 on 1 machine(s)", "chunks read"):
+        assert expected in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.phantom.json"], "nothing stays"
+    assert call("run", *arguments).exit_code == 0
+    again = call("plan", *arguments, "--spot-sigma", 2)
+    assert again.exit_code == 0, again.output
+    said = " ".join(again.output.replace("│", " ").split())
+    assert "done blocks of intensity, segment, threshold are kept" in said
+    assert "--measure would time it here" in said
 
 
 @pytest.mark.parametrize(
