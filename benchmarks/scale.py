@@ -47,7 +47,7 @@ from braincensus_kernels.phantom import Phantom
 SIDE = 512
 CUT_BY_A_FACE = 0.02  # of a block's cells, by each of its three upper faces
 VOXELS_AT_A_FACE = 9  # of a cell that it cuts, on either side
-VOXEL_UM = 2.0
+BRAIN_UM = 16_000.0  # a mouse's: more voxels are smaller ones
 CELLS = "cells-in-a-block"
 
 
@@ -226,8 +226,8 @@ def nothing(_: None, number: int) -> int:
 def measure_size(terabytes: float, cells: int, workers: int, folder: Path) -> None:
     """Plan and run one size; print one row."""
     side = round((terabytes * 1e12 / 2) ** (1 / 3) / SIDE) * SIDE
-    began = time.perf_counter()
-    phantom = Phantom(shape=(side,) * 3, voxel_size_um=(VOXEL_UM,) * 3, n_cells=cells, seed=1)
+    voxel_size_um = (BRAIN_UM / side,) * 3
+    phantom = Phantom(shape=(side,) * 3, voxel_size_um=voxel_size_um, n_cells=cells, seed=1)
     config = RunConfig().merged(
         {
             "foreground": {"model": "intensity"},
@@ -246,7 +246,7 @@ def measure_size(terabytes: float, cells: int, workers: int, folder: Path) -> No
         done = map_blocks(nothing, None, range(len(grid)), client=client, stage="none", name="nothing")
         n = sum(1 for _ in done)
         bare = (time.perf_counter() - began) / n
-        output = create_output(folder / "census.zarr", overwrite=True, voxel_size_um=(VOXEL_UM,) * 3)
+        output = create_output(folder / "census.zarr", overwrite=True, voxel_size_um=voxel_size_um)
         context = DrawnContext(plan, output, client, Silent(), keys=keys, cells=round(cells / len(grid)))
         ranges = intensity.run(context)
         scale = scale_for(np.dtype(np.uint16), 0.0, 0.0)

@@ -7,6 +7,8 @@ at -0.5 voxel sizes; bins at the far border are cut by the volume, and have the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -70,24 +72,42 @@ def count_in_bins(
     >>> count_in_bins(cells, (5, 5, 5), (1, 1, 2), voxel_size_um=(1, 1, 1)).tolist()
     [[[1, 1]]]
     """
+    counts = np.zeros(grid_shape, np.int64)
+    position, cells = count_in_occupied_bins(zyx_um, bin_um, grid_shape, voxel_size_um=voxel_size_um)
+    counts.reshape(-1)[position] = cells
+    return counts
+
+
+def count_in_occupied_bins(
+    zyx_um: NDArray[np.float64], bin_um: TripleUm, grid_shape: Triple, *, voxel_size_um: TripleUm
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Count as `count_in_bins`, in memory that grows with the cells and not with the grid.
+
+    Returns
+    -------
+    position, cells
+        Raster indices of the bins that have cells, ascending, and how many each has.
+    """
     _check_lengths(voxel_size_um, bin_um)
     zyx_um = np.asarray(zyx_um, np.float64)
     if zyx_um.ndim != 2 or zyx_um.shape[1] != 3:
         raise ValueError(f"expected centroids of shape (n, 3), got {zyx_um.shape}")
-    position = (zyx_um + 0.5 * np.array(voxel_size_um, np.float64)) / np.array(bin_um, np.float64)
+    place = (zyx_um + 0.5 * np.array(voxel_size_um, np.float64)) / np.array(bin_um, np.float64)
     limits = np.array(grid_shape)
-    if not ((position >= -_ROUNDING) & (position <= limits + _ROUNDING)).all():
+    if not ((place >= -_ROUNDING) & (place <= limits + _ROUNDING)).all():
         raise ValueError(f"centroids must lie inside of the grid of {grid_shape} bins of {tuple(bin_um)} um")
-    index = np.clip(np.floor(position).astype(np.int64), 0, limits - 1)
+    index = np.clip(np.floor(place).astype(np.int64), 0, limits - 1)
     flat = np.ravel_multi_index((index[:, 0], index[:, 1], index[:, 2]), grid_shape)
-    return np.bincount(flat, minlength=int(np.prod(grid_shape))).astype(np.int64).reshape(grid_shape)
+    position, cells = np.unique(flat, return_counts=True)
+    return position.astype(np.int64), cells.astype(np.int64)
 
 
-def density_per_mm3(counts: NDArray[np.int64], volumes_mm3: NDArray[np.float64]) -> NDArray[np.float32]:
+def density_per_mm3(counts: NDArray[Any], volumes_mm3: NDArray[np.float64]) -> NDArray[np.float32]:
     """Cells per mm^3."""
     if counts.shape != volumes_mm3.shape:
         raise ValueError(f"counts and volumes differ in shape: {counts.shape}, {volumes_mm3.shape}")
-    return (counts / volumes_mm3).astype(np.float32)
+    density = np.empty(counts.shape, np.float32)
+    return np.divide(counts, volumes_mm3, out=density, casting="same_kind")  # in float64, then rounded
 
 
 def _check_lengths(voxel_size_um: TripleUm, bin_um: TripleUm) -> None:

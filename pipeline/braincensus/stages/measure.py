@@ -20,7 +20,7 @@ from braincensus.tasks import Context
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.density import (
     bin_volumes_mm3,
-    count_in_bins,
+    count_in_occupied_bins,
     density_grid_shape,
     density_per_mm3,
 )
@@ -50,7 +50,7 @@ def run(context: Context, index: CellIndex, scale: IntensityScale) -> SeamDensit
     bins = density_grid_shape(plan.volume.shape, size, bin_um)
     spec = _Measure(plan.label_grid, context.output, index, scale, size, bin_um, bins)
     parts = max(1, -(-index.n_cells // _CELLS_PER_PART))
-    counts = np.zeros(bins, dtype=np.int64)
+    counts = np.zeros(bins, dtype=np.uint32)
     beside_seams = _beside_seams(spec.grid, np.empty((0, 3)))
     voxels = 0
     with context.stage("measure", parts):
@@ -62,7 +62,7 @@ def run(context: Context, index: CellIndex, scale: IntensityScale) -> SeamDensit
             name="measure-part",
             classes=(_Part, SeamCounts),
         ):
-            np.add.at(counts.reshape(-1), part.bins, part.cells_in_bins)
+            counts.reshape(-1)[part.bins] += part.cells_in_bins.astype(np.uint32)  # no bin is there twice
             beside_seams += part.beside_seams
             voxels += part.voxels
         density: np.ndarray = density_per_mm3(counts, bin_volumes_mm3(plan.volume.shape, size, bin_um))
@@ -97,10 +97,10 @@ def _measure_part(spec: _Measure, part: int) -> _Part:
     label = np.arange(first + 1, first + 1 + len(seeds), dtype=np.int64)
     write_cells_part(spec.output, part, {"label": label, **cells})
     zyx_um = np.stack([cells["z_um"], cells["y_um"], cells["x_um"]], axis=1)
-    counts = count_in_bins(zyx_um, spec.bin_um, spec.bins, voxel_size_um=spec.voxel_size_um).reshape(-1)
-    position = np.flatnonzero(counts)
+    size = spec.voxel_size_um
+    position, counts = count_in_occupied_bins(zyx_um, spec.bin_um, spec.bins, voxel_size_um=size)
     zyx = np.stack([cells["z"], cells["y"], cells["x"]], axis=1)
-    return _Part(position, counts[position], _beside_seams(spec.grid, zyx), int(cells["volume_voxels"].sum()))
+    return _Part(position, counts, _beside_seams(spec.grid, zyx), int(cells["volume_voxels"].sum()))
 
 
 def _rows_of(spec: _Measure, seeds: np.ndarray) -> dict[str, np.ndarray]:
