@@ -107,7 +107,8 @@ def density_per_mm3(counts: NDArray[Any], volumes_mm3: NDArray[np.float64]) -> N
     if counts.shape != volumes_mm3.shape:
         raise ValueError(f"counts and volumes differ in shape: {counts.shape}, {volumes_mm3.shape}")
     density = np.empty(counts.shape, np.float32)
-    return np.divide(counts, volumes_mm3, out=density, casting="same_kind")  # in float64, then rounded
+    np.divide(counts, volumes_mm3, out=density, casting="same_kind")  # in float64, then rounded
+    return density
 
 
 def _check_lengths(voxel_size_um: TripleUm, bin_um: TripleUm) -> None:
