@@ -288,7 +288,7 @@ def _below(bench: Bench, node: int) -> list[int]:
 KINDS = {
     "all killed": Fault(False, all_killed, silent=True),
     "worker killed": Fault(False, worker_killed, survives=True),
-    "worker killed three times": Fault(False, worker_killed_again, survives=True, interrupts=3),
+    "worker killed three times": Fault(False, worker_killed_again, interrupts=3),
     "node killed": Fault(True, node_killed, survives=True),
     "node terminated (SIGTERM)": Fault(True, node_terminated, survives=True, repeats=1),
     "node hangs (SIGSTOP)": Fault(True, node_hangs, survives=True, repeats=2),

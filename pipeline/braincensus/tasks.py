@@ -230,7 +230,7 @@ def map_blocks(
             number = submitted.pop(future.key)
             watch.returned(future.key)
             try:
-                result = future.result()
+                result = heartbeats.during(future.result)  # it may be where a worker hangs
             except (KilledWorker, MemoryError) as err:
                 too_large.append(number)  # too large beside others, perhaps not alone
                 watch.retried(stage, number, _in_short(err))
@@ -250,7 +250,7 @@ def map_blocks(
             for future in _arriving(pending, heartbeats):
                 watch.returned(future.key)
                 try:
-                    result = future.result()
+                    result = heartbeats.during(future.result)  # it may be where a worker hangs
                 except Exception as err:
                     explained = _explained(err, stage, number)
                     watch.failed(number, str(explained))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from distributed import Client, LocalCluster
 
-from braincensus import BlockError, RunConfig, run
+from braincensus import BlockError, Result, RunConfig, run
 from braincensus.cluster.connect import closing_in_time
 from braincensus.stages import network
 from braincensus.tasks import map_blocks
@@ -46,24 +46,29 @@ def small() -> Iterator[Client]:
         yield client
 
 
-def take(mib: int, number: int) -> int:
-    """Take memory for real, piece by piece, and hold it for a while; block 0 takes none."""
-    held = []
-    for _ in range(mib // 10 if number else 0):
-        held.append(np.ones(10 * MIB, np.uint8))
-        time.sleep(0.005)
-    time.sleep(1)
-    return len(held)
+def taking() -> Callable[[int, int], int]:
+    """Return a block's work; made in here, so that it is sent whole: workers cannot import this module."""
+
+    def take(mib: int, number: int) -> int:
+        """Take memory for real, piece by piece, and hold it for a while; block 0 takes none."""
+        held = []
+        for _ in range(mib // 10 if number else 0):
+            held.append(np.ones(10 * MIB, np.uint8))
+            time.sleep(0.005)
+        time.sleep(1)
+        return len(held)
+
+    return take
 
 
 @pytest.mark.slow
 def test_blocks_too_large_beside_each_other_are_done_alone(small: Client) -> None:
-    done = dict(map_blocks(take, 600, range(3), client=small, stage="test", name="take"))
+    done = dict(map_blocks(taking(), 600, range(3), client=small, stage="test", name="take"))
     assert done == {0: 0, 1: 60, 2: 60}
 
 
 def test_a_block_too_large_even_alone_is_named(small: Client) -> None:
-    blocks = map_blocks(take, 6000, range(2), client=small, stage="test", name="take")
+    blocks = map_blocks(taking(), 6000, range(2), client=small, stage="test", name="take")
     done = []
     message = (
         r"(?s)test, block 1: the worker died each time.*nothing beside it.*out of memory.*smaller blocks"
@@ -73,12 +78,15 @@ def test_a_block_too_large_even_alone_is_named(small: Client) -> None:
     assert done == [(0, 0)]
 
 
-def allocate(gib: int, number: int) -> int:
-    return int(np.zeros(gib * 2**30 // (1 if number else 2**20), np.uint8)[:: 2**20].sum())
+def allocating() -> Callable[[int, int], int]:
+    def allocate(gib: int, number: int) -> int:
+        return np.zeros(gib * 2**30 if number else 10, np.uint8).size
+
+    return allocate
 
 
 def test_an_allocation_that_fails_is_named(client: Client) -> None:
-    blocks = map_blocks(allocate, 2**17, range(2), client=client, stage="test", name="allocate")
+    blocks = map_blocks(allocating(), 2**17, range(2), client=client, stage="test", name="allocate")
     with pytest.raises(BlockError, match=r"(?s)test, block 1: not enough memory.*nothing beside it"):
         list(blocks)
 
@@ -159,10 +167,22 @@ def threads() -> Iterator[Client]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def usual(
+    with_network: dict[str, dict[str, object]],
+    brain: Path,
+    threads: Client,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Result:
+    output = tmp_path_factory.mktemp("usual") / "out.zarr"
+    return run(brain, output, config=RunConfig().merged(with_network), client=threads)
+
+
 @pytest.mark.parametrize("fails", [1, 2, 10**6])
 def test_a_gpu_out_of_memory(
     fails: int,
     with_network: dict[str, dict[str, object]],
+    usual: Result,
     brain: Path,
     threads: Client,
     tmp_path: Path,
@@ -180,7 +200,6 @@ def test_a_gpu_out_of_memory(
         return plain(self, x)
 
     config = RunConfig().merged(with_network)
-    expected = run(brain, tmp_path / "usual" / "out.zarr", config=config, client=threads)
     monkeypatch.setattr(predict.Predictor, "_compute", compute)
     made = network.Network.foreground
 
@@ -194,7 +213,7 @@ def test_a_gpu_out_of_memory(
             run(brain, tmp_path / "out.zarr", config=config, client=threads)
         return
     found = run(brain, tmp_path / "out.zarr", config=config, client=threads)
-    assert result_bytes(found.path) == result_bytes(expected.path)
+    assert result_bytes(found.path) == result_bytes(usual.path)
     told = found.provenance["foreground"]["gpu_out_of_memory"]
     assert (told["sparing"] > 0, told["on_cpu"] > 0) == (fails == 1, fails == 2)
-    assert "gpu_out_of_memory" not in expected.provenance["foreground"]
+    assert "gpu_out_of_memory" not in usual.provenance["foreground"]
