@@ -308,7 +308,8 @@ def _explained(err: Exception, stage: str, number: int) -> BraincensusError:
                 remedy="smaller blocks (--block-size), fewer threads or workers on a machine, or more memory",
             )
         )
-    if isinstance(err, FutureCancelledError | CommClosedError):
+    lost = isinstance(err, OSError) and "trying to connect" in str(err)  # as distributed words it
+    if lost or isinstance(err, FutureCancelledError | CommClosedError):
         return BlockError(
             explain(
                 f"{stage}, block {number}: the connection to the cluster was lost",
