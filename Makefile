@@ -42,7 +42,10 @@ benchmarks: $(VENV)/.installed  ## every figure of benchmarks/RESULTS.md, on thi
 	$(BIN)/python benchmarks/segment.py
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/label.py
-	$(BIN)/python benchmarks/stitch.py --cells 1e6 1e7 --no-dask-image
+	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/watch.py
+	$(BIN)/python benchmarks/faults.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/perturbations.py
 	$(BIN)/python benchmarks/quality.py
