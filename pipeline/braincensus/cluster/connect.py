@@ -107,5 +107,17 @@ def _local_cluster(resources: Resources, compute: Compute) -> Any:
             from dask_cuda import LocalCUDACluster
         except ImportError as err:
             raise managers.missing_extra("dask-cuda", "cuda13", "one worker for each GPU") from err
-        return LocalCUDACluster(**common)
-    return LocalCluster(**common)
+        start = LocalCUDACluster
+    else:
+        start = LocalCluster
+    try:
+        return start(**common)
+    except (RuntimeError, OSError, TimeoutError) as err:
+        raise ConfigError(
+            explain(
+                "the workers of this machine could not be started",
+                found=f"{type(err).__name__}: {err}; {err.__cause__ or ''}".rstrip("; "),
+                cause="too little memory, too many processes, or they were killed while they started",
+                remedy="run again, with fewer --workers if it stays so: done blocks are kept",
+            )
+        ) from err
