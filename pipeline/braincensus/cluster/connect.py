@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -16,6 +18,8 @@ from braincensus.cluster.scheduler import scheduler_client, wait_for_workers
 from braincensus.config import Compute
 from braincensus.errors import ConfigError, explain
 from braincensus.progress import Progress, Silent
+
+_CLOSE_S = 20.0
 
 
 @contextmanager
@@ -72,13 +76,20 @@ def connect(
 def closing_in_time(cluster: LocalCluster) -> Iterator[LocalCluster]:
     """Close a cluster of this machine at the end, and no longer wait for workers that do not close in time.
 
-    They go with this process; why the run ended is what must be told.
+    A worker that was killed while its nanny started it leaves the nanny waiting for ever. What the run gave,
+    or why it ended, is what must be told.
     """
     try:
         yield cluster
     finally:
-        with suppress(TimeoutError):
-            cluster.close()
+        try:
+            cluster.close(timeout=_CLOSE_S)
+        except TimeoutError:
+            for nanny in list(cluster.workers.values()):
+                pid = getattr(nanny, "pid", None)
+                if pid:
+                    with suppress(OSError):
+                        os.kill(pid, signal.SIGKILL)
 
 
 def _check_gpus(client: Client, resources: Resources, compute: Compute) -> None:
