@@ -105,6 +105,7 @@ def test_a_worker_and_its_nanny_hang(
         cluster.nodes[0].wait(30)
 
 
+@pytest.mark.slow
 def test_a_worker_hangs_that_can_be_restarted(undisturbed: Path, start: Start, tmp_path: Path) -> None:
     output = tmp_path / "out.zarr"
     disturbed = start(output, configuration(compute={"hung_after_s": HUNG_AFTER_S}))
@@ -179,7 +180,7 @@ def test_a_node_is_taken_away(cluster: Cluster, undisturbed: Path, start: Start,
     [
         ((signal.SIGTERM,), 143),
         pytest.param((signal.SIGINT,), 130, marks=pytest.mark.slow),
-        ((signal.SIGTERM, signal.SIGTERM), 143),
+        pytest.param((signal.SIGTERM, signal.SIGTERM), 143, marks=pytest.mark.slow),
     ],
 )
 def test_stopped_by_a_signal(

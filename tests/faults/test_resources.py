@@ -132,6 +132,7 @@ def test_a_full_disk(brain: Path, small_disk: Path, undisturbed: Path, client: C
     assert result_bytes(output) == result_bytes(undisturbed)
 
 
+@pytest.mark.slow
 def test_files_that_may_grow_no_more(
     brain: Path, undisturbed: Path, client: Client, start: Start, tmp_path: Path
 ) -> None:
