@@ -11,7 +11,7 @@ import tifffile
 import zarr
 from zarr.storage import MemoryStore
 
-from braincensus import RunConfig, census, plan
+from braincensus import RunConfig, plan, preparing
 from braincensus.errors import BraincensusError, InputError
 from braincensus.formats import convert
 from braincensus.formats.convert import SCRATCH_VARIABLE
@@ -185,7 +185,7 @@ class Recorder:
 def test_a_run_shows_the_copy_as_a_stage(tmp_path, source, monkeypatch):
     monkeypatch.setattr(convert, "SLAB_BYTES", 8 * 50 * 60 * 2)
     recorder = Recorder()
-    volume = census._open(source, config(voxel_size_um=1), tmp_path / "s", recorder, copy=True)
+    volume = preparing.open_input(source, config(voxel_size_um=1), tmp_path / "s", recorder, copy=True)
     assert recorder.calls == [
         ("start", "convert", 60_000),
         ("advance", "convert", 0),
@@ -209,7 +209,7 @@ def test_a_copy_that_is_continued_counts_what_is_left(tmp_path, data, monkeypatc
     with pytest.raises(Interrupted):
         open_volume(data, voxel_size_um=1, scratch=tmp_path / "s", progress=interrupt)
     recorder = Recorder()
-    census._open(data, config(voxel_size_um=1), tmp_path / "s", recorder, copy=True)
+    preparing.open_input(data, config(voxel_size_um=1), tmp_path / "s", recorder, copy=True)
     stage = [call for call in recorder.calls if call[0] != "message"]
     assert stage[0] == ("start", "convert", 36_000)
     assert sum(call[2] for call in stage if call[0] == "advance") == 36_000
