@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -122,7 +123,9 @@ def _local_cluster(resources: Resources, compute: Compute) -> Any:
     else:
         start = LocalCluster
     try:
-        return start(**common)
+        with warnings.catch_warnings():  # another run may take the port between our look and Dask's
+            warnings.filterwarnings("ignore", message=r"\s*Port \d+ is already in use")
+            return start(**common)
     except (RuntimeError, OSError, TimeoutError) as err:
         raise ConfigError(
             explain(
