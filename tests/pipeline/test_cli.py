@@ -21,6 +21,12 @@ from braincensus_kernels.phantom import Phantom
 SHAPE = (40, 72, 64)
 
 
+@pytest.fixture(autouse=True)
+def any_port(monkeypatch):
+    """Leave the dashboard's usual port alone: tests beside this one look for it at the same moment."""
+    monkeypatch.setattr("braincensus.cluster.managers.free_port", lambda *_, **__: 0)
+
+
 def call(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
 
