@@ -142,7 +142,7 @@ def run(
         with connect(plan, client, progress) as (connected, resources):
             plan = replace(plan, volume=volume, resources=resources)
             if client is not None or config.compute.cluster not in ("local", "cuda"):
-                checks.check_workers(connected, volume, output)
+                checks.check_workers(connected, volume, output, hung_after_s=config.compute.hung_after_s)
             if connected.dashboard_link:
                 progress.message(f"Dask dashboard: {connected.dashboard_link}")
             if earlier is None:
@@ -229,7 +229,7 @@ def preflight(
         tempfile.TemporaryDirectory(prefix=".preflight.", dir=beside) as scratch,
     ):
         plan = replace(plan, resources=resources)
-        findings += checks.check_workers(connected, volume, output)
+        findings += checks.check_workers(connected, volume, output, hung_after_s=config.compute.hung_after_s)
         findings += checks.check_gpus(connected, plan)
         if volume.needs_copy:
             findings.append(checks.Finding("time", False, "not measured: the input must be copied first"))

@@ -24,6 +24,26 @@ _RESTART_S = 10.0
 _START_S = 60.0  # a worker that is started anew must first import everything
 
 
+def ask_workers(
+    client: Client, function: Callable[..., Any], *arguments: Any, hung_after_s: float, stage: str
+) -> dict[str, Any]:
+    """Run a function on every worker; one that hangs is restarted, so that nobody waits for it for ever.
+
+    Returns
+    -------
+    dict
+        What each gave, or the exception: a worker may go meanwhile, or lack the function.
+
+    Raises
+    ------
+    BlockError
+        As `Heartbeats.look`.
+    """
+    heartbeats = Heartbeats(client, hung_after_s=hung_after_s, stage=stage)
+    answers: dict[str, Any] = heartbeats.during(lambda: client.run(function, *arguments, on_error="return"))
+    return answers
+
+
 class Heartbeats:
     """Looks at the workers of a cluster now and then.
 

@@ -16,6 +16,7 @@ import socket
 import tempfile
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,8 +29,10 @@ import numpy as np
 from distributed import Client
 
 from braincensus.blocks import BlockGrid
+from braincensus.config import HUNG_AFTER_S
 from braincensus.errors import BraincensusError, ConfigError, InputError, OutputError, explain
 from braincensus.formats.readers import PartReader
+from braincensus.heartbeats import ask_workers
 from braincensus.planning import Plan
 from braincensus.store.files import writing
 from braincensus.volume import Volume
@@ -134,22 +137,35 @@ def check_input(volume: Volume, samples: int = _SAMPLES) -> Finding:
     return Finding("input read", lowest < highest, text)
 
 
-def check_workers(client: Client, volume: Volume, output: Path | None) -> list[Finding]:
+def check_workers(
+    client: Client, volume: Volume, output: Path | None, *, hung_after_s: float = HUNG_AFTER_S
+) -> list[Finding]:
     """Ask every worker what it runs, and whether it reaches the same files.
 
     Raises
     ------
     ConfigError, InputError, OutputError
         If a worker has other versions of what must agree, or does not reach the input or the output.
+    BlockError
+        If the scheduler hangs, or no worker is left.
     """
     here = _versions()
     box = sample_boxes(volume, 1)[0]
-    expected = None if volume.needs_copy else int(_sum_of(volume, box))
+    expected = None if volume.needs_copy else _checksum(volume, box)
     with _token(output) as (path, token):
-        answers: dict[str, dict[str, Any]] = client.run(
-            _answer, None if expected is None else volume, box, str(path) if path else None
+        answers = ask_workers(
+            client,
+            _answer,
+            None if expected is None else volume,
+            box,
+            str(path) if path else None,
+            hung_after_s=hung_after_s,
+            stage="checking the workers",
         )
-    for address, answer in sorted(answers.items()):
+    answers = {address: answer for address, answer in answers.items() if not isinstance(answer, OSError)}
+    for address, answer in sorted(answers.items()):  # those that went meanwhile have answered with OSError
+        if isinstance(answer, Exception):
+            raise _cannot_answer(address, answer)
         who = f"the worker {address} on {answer['host']}"
         _refuse_versions(who, here, answer["versions"])
         _refuse_files(who, answer, expected, token, volume, output)
@@ -174,18 +190,16 @@ def check_workers(client: Client, volume: Volume, output: Path | None) -> list[F
 
 
 def check_gpus(client: Client, plan: Plan) -> list[Finding]:
-    """Compare the free memory of every GPU with what the network needs at once.
-
-    Raises
-    ------
-    BraincensusError
-        If one has too little, before anything runs on it.
-    """
+    """Compare the free memory of every GPU with what the network needs at once."""
     if plan.resources.device != "cuda":
         return []
     need = plan.memory_bytes["segment"]
-    free: dict[str, tuple[str, int]] = client.run(_free_of_gpu)
-    name, least = min(free.values(), key=lambda gpu: gpu[1])
+    after = plan.config.compute.hung_after_s
+    answers = ask_workers(client, _free_of_gpu, hung_after_s=after, stage="looking at GPUs")
+    free = [answer for answer in answers.values() if isinstance(answer, tuple)]
+    if not free:
+        return [Finding("GPU memory", False, "no worker could tell")]
+    name, least = min(free, key=lambda gpu: gpu[1])
     text = f"{len(free)} x {name}, {least / 1024**3:.1f} GiB free, {need / 1024**3:.1f} GiB needed at most"
     return [Finding("GPU memory", need <= least, text)]
 
@@ -263,8 +277,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _sum_of(volume: Volume, box: Box) -> float:
-    return float(volume.read(box).astype(np.float64).sum())
+def _checksum(volume: Volume, box: Box) -> int:
+    return zlib.crc32(volume.read(box).data)
 
 
 def _answer(volume: Volume | None, box: Box, token_file: str | None) -> dict[str, Any]:
@@ -272,7 +286,7 @@ def _answer(volume: Volume | None, box: Box, token_file: str | None) -> dict[str
     answer: dict[str, Any] = {"versions": _versions(), "host": socket.gethostname()}
     if volume is not None:
         try:
-            answer["sum"] = int(_sum_of(volume, box))
+            answer["checksum"] = _checksum(volume, box)
         except BraincensusError as err:
             answer["unreadable"] = str(err)
     if token_file is not None:
@@ -314,6 +328,17 @@ def _token(output: Path | None) -> Iterator[tuple[Path | None, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _cannot_answer(address: str, err: Exception) -> ConfigError:
+    return ConfigError(
+        explain(
+            f"the worker {address} cannot run what the client sends",
+            found=f"{type(err).__name__}: {err}",
+            cause="braincensus is not installed there, or another version",
+            remedy="install the same: pip install -c constraints.txt . (or one container image for all)",
+        )
+    )
+
+
 def _refuse_versions(who: str, here: dict[str, str], there: dict[str, str]) -> None:
     differ = [name for name in _MUST_AGREE if here[name] != there[name]]
     if here["python"].rpartition(".")[0] != there["python"].rpartition(".")[0]:
@@ -343,7 +368,7 @@ def _refuse_files(
                 remedy="put the input on a file system that every worker mounts at the same path",
             )
         )
-    if answer.get("sum") != expected:
+    if answer.get("checksum") != expected:
         raise InputError(
             explain(
                 f"{who} reads another input at the path {volume.source}",

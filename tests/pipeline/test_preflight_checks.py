@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,60 @@ def test_a_worker_without_the_disk(
         finally:
             process.terminate()
             process.wait(30)
+
+
+def test_a_worker_that_lacks_braincensus(stored: Path, tmp_path: Path) -> None:
+    """Its interpreter finds a package of that name that cannot be imported."""
+    shadow = tmp_path / "shadow"
+    shadow.mkdir()
+    (shadow / "braincensus.py").write_text("raise ModuleNotFoundError('No module named braincensus')\n")
+    with LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as cluster, Client(cluster) as client:
+        options = [
+            "--no-nanny",
+            "--nthreads",
+            "1",
+            "--no-dashboard",
+            "--local-directory",
+            str(tmp_path / "w"),
+        ]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "distributed.cli.dask_worker", cluster.scheduler_address, *options],
+            env={**os.environ, "PYTHONPATH": str(shadow)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            client.wait_for_workers(1, timeout=60)
+            volume = open_volume(stored, voxel_size_um=5.0)
+            with pytest.raises(
+                ConfigError, match=r"(?s)cannot run what the client sends.*not installed there"
+            ):
+                preflight_checks.check_workers(client, volume, None)
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def test_a_worker_that_hangs_is_not_waited_for(stored: Path) -> None:
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+    ):
+        stopped = client.run(os.getpid)
+        os.kill(min(stopped.values()), signal.SIGSTOP)
+        began = time.monotonic()
+        found = preflight_checks.check_workers(
+            client, open_volume(stored, voxel_size_um=5.0), None, hung_after_s=4.0
+        )
+        assert time.monotonic() - began < 60
+        assert found[0].check == "workers"
+
+
+def test_voxels_that_are_not_numbers_are_left_to_the_run(client: Client, tmp_path: Path) -> None:
+    array = zarr.create_array(tmp_path / "nan.zarr", shape=(32, 32, 32), chunks=(32, 32, 32), dtype="float32")
+    array[:] = np.nan
+    volume = open_volume(tmp_path / "nan.zarr", voxel_size_um=5.0)
+    assert all(found.fine for found in preflight_checks.check_workers(client, volume, None))
 
 
 def test_a_part_is_the_volume_there(stored: Path) -> None:

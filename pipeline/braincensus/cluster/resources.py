@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 from distributed import Client
@@ -15,7 +15,7 @@ from braincensus.cluster.kinds import read_kind
 from braincensus.cluster.scheduler import scheduler_client, wait_for_workers
 from braincensus.config import HUNG_AFTER_S, Compute
 from braincensus.errors import ConfigError, explain
-from braincensus.heartbeats import Heartbeats
+from braincensus.heartbeats import ask_workers
 from braincensus_kernels.backend import cuda_available
 
 GIB = 1024**3
@@ -161,9 +161,7 @@ def _device_of(compute: Compute, client: Client) -> Literal["cpu", "cuda"]:
 
 def gpus_of_workers(client: Client, *, hung_after_s: float = HUNG_AFTER_S) -> list[bool]:
     """Ask each worker whether it has a usable GPU."""
-    heartbeats = Heartbeats(client, hung_after_s=hung_after_s, stage="looking for GPUs")
-    # A worker may go meanwhile, or hang.
-    answers: dict[str, Any] = heartbeats.during(lambda: client.run(cuda_available, on_error="return"))
+    answers = ask_workers(client, cuda_available, hung_after_s=hung_after_s, stage="looking for GPUs")
     return [answer for answer in answers.values() if isinstance(answer, bool)]
 
 
