@@ -2,7 +2,7 @@
 
 1. One and two real workers of one thread, the same volume (strong) and twice the volume (weak).
 2. The same with 8 to 64 workers whose tasks only wait, about as long as blocks do: what the submission of
-   tasks, the scheduler and the client make of it.
+   tasks, the scheduler and the client make of it. They are threads of four processes.
 3. A whole run: its time beside the time of its tasks, divided by workers.
 
     python benchmarks/scaling.py [--side 320] [--foreground wnet3d] [--seconds 1.0] [--simulated 8 16 32 64]
@@ -24,6 +24,8 @@ from braincensus.cluster import connect, resources_for
 from braincensus.phantom import write_phantom
 from braincensus.tasks import map_blocks
 from braincensus_kernels.phantom import Phantom
+
+_PROCESSES = 4  # of simulated workers; more would fight for two cores before any task has begun
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,11 @@ def simulated(counts: list[int], seconds: float) -> None:
     for kind, tasks_of in (("weak", lambda n: 20 * n), ("strong", lambda _: 20 * max(counts))):
         for workers in counts:
             n = tasks_of(workers)
+            processes = min(workers, _PROCESSES)
             with (
                 LocalCluster(
-                    n_workers=workers,
-                    threads_per_worker=1,
-                    processes=False,
+                    n_workers=processes,
+                    threads_per_worker=workers // processes,
                     dashboard_address="127.0.0.1:0",
                 ) as cluster,
                 Client(cluster) as client,
