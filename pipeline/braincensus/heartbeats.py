@@ -10,18 +10,64 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from distributed import Client
+from distributed.client import ClosedClientError, FutureCancelledError, FuturesCancelledError
+from distributed.comm import CommClosedError
 
-from braincensus.errors import BlockError, explain
+from braincensus.errors import BlockError, BraincensusError, explain
 
 T = TypeVar("T")
 _LOOK_EVERY_S = 15.0
 _RESTART_S = 10.0
 _START_S = 60.0  # a worker that is started anew must first import everything
+
+
+@contextmanager
+def telling_of_loss(doing: str) -> Iterator[None]:
+    """Say in our own words that the connection to the cluster was lost, whatever Dask raises then.
+
+    Parameters
+    ----------
+    doing
+        What the error begins with.
+
+    Raises
+    ------
+    BlockError
+        If the connection was lost while the context lasted.
+    """
+    try:
+        yield
+    except BraincensusError:
+        raise
+    except Exception as err:
+        if connection_lost(err):
+            raise loss(doing) from err
+        raise
+
+
+def connection_lost(err: BaseException) -> bool:
+    """Return whether an exception of Dask's means that the scheduler cannot be reached any more."""
+    if isinstance(err, OSError) and "trying to connect" in str(err):  # as distributed words it
+        return True
+    lost = (CommClosedError, ClosedClientError, FutureCancelledError, FuturesCancelledError)
+    return isinstance(err, lost)
+
+
+def loss(doing: str) -> BlockError:
+    """Return the error of a lost connection."""
+    return BlockError(
+        explain(
+            f"{doing}: the connection to the cluster was lost",
+            cause="the scheduler died, or the network did",
+            remedy="start it again, then run again: done blocks are kept",
+        )
+    )
 
 
 def ask_workers(

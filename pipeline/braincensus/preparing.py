@@ -18,6 +18,7 @@ from braincensus import cluster, manifest
 from braincensus.config import RunConfig, SupervisedForeground, WNet3DForeground
 from braincensus.errors import ConfigError, InputError, explain
 from braincensus.formats.convert import COPYING
+from braincensus.heartbeats import telling_of_loss
 from braincensus.manifest import Continuation
 from braincensus.planning import Plan, make_plan
 from braincensus.progress import Progress
@@ -145,12 +146,21 @@ def plan_for(
 def connect(
     plan: Plan, client: Client | None, progress: Progress
 ) -> Iterator[tuple[Client, cluster.Resources]]:
-    """Use the caller's cluster, or start what the configuration says."""
-    if client is not None:
-        yield client, plan.resources
-    else:
-        with cluster.connect(plan.config.compute, plan.resources, progress) as connected:
-            yield connected
+    """Use the caller's cluster, or start what the configuration says.
+
+    Raises
+    ------
+    BlockError
+        If the cluster is lost while it is used.
+    ConfigError
+        If it cannot be started or reached.
+    """
+    with telling_of_loss("asking the cluster"):
+        if client is not None:
+            yield client, plan.resources
+        else:
+            with cluster.connect(plan.config.compute, plan.resources, progress) as connected:
+                yield connected
 
 
 def scratch_for(output: Path) -> Path:

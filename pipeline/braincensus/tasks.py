@@ -18,14 +18,12 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from distributed import Client, Future, as_completed
-from distributed.client import FutureCancelledError
-from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from braincensus.blocks import BlockGrid
 from braincensus.config import HUNG_AFTER_S
 from braincensus.errors import BlockError, BraincensusError, explain
-from braincensus.heartbeats import Heartbeats
+from braincensus.heartbeats import Heartbeats, connection_lost, loss
 from braincensus.planning import Plan
 from braincensus.progress import Progress
 from braincensus.store import Output
@@ -308,15 +306,8 @@ def _explained(err: Exception, stage: str, number: int) -> BraincensusError:
                 remedy="smaller blocks (--block-size), fewer threads or workers on a machine, or more memory",
             )
         )
-    lost = isinstance(err, OSError) and "trying to connect" in str(err)  # as distributed words it
-    if lost or isinstance(err, FutureCancelledError | CommClosedError):
-        return BlockError(
-            explain(
-                f"{stage}, block {number}: the connection to the cluster was lost",
-                cause="the scheduler died, or the network did",
-                remedy="start it again, then run again: done blocks are kept",
-            )
-        )
+    if connection_lost(err):
+        return loss(f"{stage}, block {number}")
     if isinstance(err, OSError):
         return BlockError(
             explain(

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import dask
 import psutil
 import pytest
 from distributed import Client
+from distributed.client import ClosedClientError, FutureCancelledError
+from distributed.comm import CommClosedError
 
-from braincensus import RunConfig, run
+from braincensus import BlockError, BraincensusError, RunConfig, preflight_checks, run
 
 from .injection import Cluster, Config, Started, configuration, result_bytes, send
 
@@ -56,6 +61,34 @@ def test_the_scheduler_dies(
     assert "Traceback" not in said
     go_on(brain, output, client)
     assert result_bytes(output) == result_bytes(undisturbed)
+
+
+def test_the_scheduler_dies_before_the_first_block(
+    cluster: Cluster, brain: Path, undisturbed: Path, client: Client, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.zarr"
+    config = RunConfig().merged(configuration())
+    with dask.config.set({"distributed.comm.timeouts.connect": "2s"}), Client(cluster.address) as connected:
+        cluster.scheduler.kill()
+        cluster.scheduler.wait(30)
+        with pytest.raises(BraincensusError, match="cluster"):
+            run(brain, output, config=config, client=connected)
+    go_on(brain, output, client)
+    assert result_bytes(output) == result_bytes(undisturbed)
+
+
+@pytest.mark.parametrize(
+    "lost", [CommClosedError("closed"), ClosedClientError("closed"), FutureCancelledError("label-3", "lost")]
+)
+def test_a_loss_is_told_wherever_dask_finds_it(
+    lost: Exception, brain: Path, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(*_: object, **__: object) -> None:
+        raise lost
+
+    monkeypatch.setattr(preflight_checks, "ask_workers", raises)
+    with pytest.raises(BlockError, match=r"connection to the cluster was lost[\s\S]*done blocks are kept"):
+        run(brain, tmp_path / "out.zarr", config=RunConfig().merged(configuration()), client=client)
 
 
 def test_the_client_dies_alone(cluster: Cluster, undisturbed: Path, start: Start, tmp_path: Path) -> None:
@@ -206,3 +239,24 @@ def test_stopped_by_a_signal(
         assert not output.with_name(".out.zarr.lock").exists()
     go_on(brain, output, client)
     assert result_bytes(output) == result_bytes(undisturbed)
+
+
+def test_a_second_signal_while_python_ends_changes_nothing() -> None:
+    code = """
+import atexit, os, signal, time, typer
+from braincensus.cli.common import explaining
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+@app.command()
+def stop() -> None:
+    atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with explaining():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+app()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 143, ended.stderr
+    assert "goes on where it stopped" in ended.stderr

@@ -40,8 +40,11 @@ def explaining() -> Iterator[None]:
         stderr.print("[bold red]stopped[/bold red]; `run` goes on where it stopped when it is called again")
         raise typer.Exit(stopping.exit_code) from None
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if stopping.asked:  # until Python has ended, which takes a moment, a second signal changes nothing
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        else:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _only_critical(record: logging.LogRecord) -> bool:
@@ -52,15 +55,14 @@ class _Stopping:
     """The first signal stops in order, the second at once: all that is left behind then is the lock."""
 
     exit_code = 130
+    asked = False
 
     def __call__(self, number: int, _: object) -> None:
         """Receive a signal; the exit code is 128 and its number, as shells have it."""
-        if self._asked:
+        if self.asked:
             os._exit(self.exit_code)
-        self._asked, self.exit_code = True, 128 + number
+        self.asked, self.exit_code = True, 128 + number
         raise KeyboardInterrupt
-
-    _asked = False
 
 
 def plain(text: str) -> str:

@@ -15,7 +15,7 @@ from braincensus.cluster.kinds import read_kind
 from braincensus.cluster.scheduler import scheduler_client, wait_for_workers
 from braincensus.config import HUNG_AFTER_S, Compute
 from braincensus.errors import ConfigError, explain
-from braincensus.heartbeats import ask_workers
+from braincensus.heartbeats import ask_workers, telling_of_loss
 from braincensus_kernels.backend import cuda_available
 
 GIB = 1024**3
@@ -52,12 +52,15 @@ def resources_for(compute: Compute, client: Client | None = None, *, wait_s: flo
     ConfigError
         If the device is cuda and there is none, the file cannot be used, or the scheduler cannot be reached
         or has no workers.
+    BlockError
+        If the scheduler is lost meanwhile.
     """
     if client is not None:
-        return resources_of(client, compute)
+        with telling_of_loss("looking at the workers"):
+            return resources_of(client, compute)
     named = read_kind(compute.cluster)
     if named.kind == "scheduler":
-        with scheduler_client(compute) as remote:
+        with telling_of_loss("looking at the workers"), scheduler_client(compute) as remote:
             if wait_s:
                 wait_for_workers(remote, compute, wait_s)
             return resources_of(remote, compute)
