@@ -30,7 +30,7 @@ from distributed import Client
 
 from braincensus.blocks import BlockGrid
 from braincensus.config import HUNG_AFTER_S
-from braincensus.errors import BraincensusError, ConfigError, InputError, OutputError, explain
+from braincensus.errors import BlockError, BraincensusError, ConfigError, InputError, OutputError, explain
 from braincensus.formats.readers import PartReader
 from braincensus.heartbeats import ask_workers
 from braincensus.planning import Plan
@@ -162,8 +162,17 @@ def check_workers(
             hung_after_s=hung_after_s,
             stage="checking the workers",
         )
+    # Those that went meanwhile have answered with OSError.
     answers = {address: answer for address, answer in answers.items() if not isinstance(answer, OSError)}
-    for address, answer in sorted(answers.items()):  # those that went meanwhile have answered with OSError
+    if not answers:
+        raise BlockError(
+            explain(
+                "checking the workers: none answers",
+                cause="they ended, or the scheduler did",
+                remedy="start them again, then run again: done blocks are kept",
+            )
+        )
+    for address, answer in sorted(answers.items()):
         if isinstance(answer, Exception):
             raise _cannot_answer(address, answer)
         who = f"the worker {address} on {answer['host']}"

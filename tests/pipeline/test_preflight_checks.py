@@ -17,7 +17,7 @@ import pytest
 import zarr
 from distributed import Client, LocalCluster
 
-from braincensus import ConfigError, InputError, OutputError, open_volume, preflight_checks
+from braincensus import BlockError, ConfigError, InputError, OutputError, open_volume, preflight_checks
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.phantom import Phantom
 
@@ -187,6 +187,15 @@ def test_a_worker_that_hangs_is_not_waited_for(stored: Path) -> None:
         )
         assert time.monotonic() - began < 60
         assert found[0].check == "workers"
+
+
+def test_that_no_worker_answers_is_told(
+    client: Client, stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = {"tcp://127.0.0.1:1": OSError("Timed out trying to connect")}
+    monkeypatch.setattr(preflight_checks, "ask_workers", lambda *_, **__: gone)
+    with pytest.raises(BlockError, match="none answers"):
+        preflight_checks.check_workers(client, open_volume(stored, voxel_size_um=5.0), None)
 
 
 def test_voxels_that_are_not_numbers_are_left_to_the_run(client: Client, tmp_path: Path) -> None:

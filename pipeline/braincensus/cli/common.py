@@ -40,7 +40,7 @@ def explaining() -> Iterator[None]:
         stderr.print("[bold red]stopped[/bold red]; `run` goes on where it stopped when it is called again")
         raise typer.Exit(stopping.exit_code) from None
     finally:
-        if stopping.asked:  # until Python has ended, which takes a moment, a second signal changes nothing
+        if stopping.asked:  # Python takes a moment to end: a second SIGTERM must not change the exit code
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         else:
             for number, handler in before.items():

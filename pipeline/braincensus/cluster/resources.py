@@ -15,12 +15,13 @@ from braincensus.cluster.kinds import read_kind
 from braincensus.cluster.scheduler import scheduler_client, wait_for_workers
 from braincensus.config import HUNG_AFTER_S, Compute
 from braincensus.errors import ConfigError, explain
-from braincensus.heartbeats import ask_workers, telling_of_loss
+from braincensus.heartbeats import ask_workers, loss, telling_of_loss
 from braincensus_kernels.backend import cuda_available
 
 GIB = 1024**3
 _THREADS_OF_A_LOCAL_WORKER = 8
 _SHARE_OF_FREE_MEMORY = 0.8
+_LOOKING = "looking at the workers"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Resources:
     cluster: str
 
 
+@telling_of_loss(_LOOKING)
 def resources_for(compute: Compute, client: Client | None = None, *, wait_s: float = 0) -> Resources:
     """Say what a run would use, without starting anything.
 
@@ -56,11 +58,10 @@ def resources_for(compute: Compute, client: Client | None = None, *, wait_s: flo
         If the scheduler is lost meanwhile.
     """
     if client is not None:
-        with telling_of_loss("looking at the workers"):
-            return resources_of(client, compute)
+        return resources_of(client, compute)
     named = read_kind(compute.cluster)
     if named.kind == "scheduler":
-        with telling_of_loss("looking at the workers"), scheduler_client(compute) as remote:
+        with scheduler_client(compute) as remote:
             if wait_s:
                 wait_for_workers(remote, compute, wait_s)
             return resources_of(remote, compute)
@@ -112,8 +113,10 @@ def _resources_in(file: SlurmFile | KubernetesFile, compute: Compute) -> Resourc
 
 def resources_of(client: Client, compute: Compute) -> Resources:
     """Ask a scheduler what its workers have; the least that any has counts."""
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    workers = client.scheduler_info(n_workers=-1).get("workers", {}).values()
     if not workers:
+        if client.status != "running":  # it knows of none because it has lost the scheduler
+            raise loss(_LOOKING)
         raise ConfigError(
             explain(
                 f"the cluster at {client.scheduler.address} has no workers",
