@@ -3,7 +3,7 @@
 1. One and two real workers of one thread, the same volume (strong) and twice the volume (weak).
 2. The same with 8 to 64 workers whose tasks only wait, about as long as blocks do: what the submission of
    tasks, the scheduler and the client make of it. They are threads of four processes.
-3. A whole run: its time beside the time of its tasks, divided by workers.
+3. A whole run: its time beside the time of its tasks, divided by workers; and where two workers lose it.
 
     python benchmarks/scaling.py [--side 320] [--foreground wnet3d] [--seconds 1.0] [--simulated 8 16 32 64]
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +31,16 @@ _PROCESSES = 4  # of simulated workers; more would fight for two cores before an
 
 @dataclass(frozen=True)
 class Ran:
-    """One run: its seconds, and those of all of its tasks together."""
+    """One run: its seconds, and of each step the number of tasks, their seconds, and from first to last."""
 
     seconds: float
-    in_tasks: float
+    steps: dict[str, tuple[int, float, float]]
     cells: int
+
+    @property
+    def in_tasks(self) -> float:
+        """Seconds of all tasks together."""
+        return sum(busy for _, busy, _ in self.steps.values())
 
 
 def census(source: Path, output: Path, workers: int, foreground: str, side: int) -> Ran:
@@ -57,8 +63,15 @@ def census(source: Path, output: Path, workers: int, foreground: str, side: int)
         with get_task_stream(client) as tasks:
             result = run(source, output, config=config, client=client, fresh=True)
         seconds = time.perf_counter() - began
-    spans = [span for task in tasks.data for span in task["startstops"] if span["action"] == "compute"]
-    return Ran(seconds, sum(span["stop"] - span["start"] for span in spans), result.n_cells)
+    spans: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for task in tasks.data:
+        step = str(task["key"]).rsplit("-", 2)[0]  # name-number-unique
+        spans[step] += [(s["start"], s["stop"]) for s in task["startstops"] if s["action"] == "compute"]
+    steps = {}
+    for step, found in spans.items():
+        begun, ended = zip(*found, strict=True)
+        steps[step] = len(found), sum(ended) - sum(begun), max(ended) - min(begun)
+    return Ran(seconds, steps, result.n_cells)
 
 
 def real(side: int, block: int, foreground: str, folder: Path) -> None:
@@ -83,6 +96,13 @@ def real(side: int, block: int, foreground: str, folder: Path) -> None:
             f"| {100 * ideal / found.seconds:.0f} % ({kind}) |",
             flush=True,
         )
+    two = took["one", 2]
+    print(f"\nWhere two workers lose time, {side}^3:\n")
+    print("| step | tasks | first to last | in tasks / 2 | lost |\n|---|---|---|---|---|")
+    for step, (n, busy, span) in two.steps.items():
+        print(f"| {step} | {n} | {span:.2f} s | {busy / 2:.2f} s | {span - busy / 2:.2f} s |")
+    between = two.seconds - sum(span for _, _, span in two.steps.values())
+    print(f"| between steps | | {between:.2f} s | | {between:.2f} s |", flush=True)
 
 
 def wait(seconds: float, number: int) -> float:
