@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from braincensus.errors import OutputError
-from braincensus.store import Output, chunk_and_shard, create_output
+from braincensus.store import Output, arrays, chunk_and_shard, create_output
 from braincensus_kernels.boxes import Box
 
 SHAPE, SHARD, CHUNK = (20, 50, 70), (8, 32, 64), (4, 32, 16)
@@ -202,3 +202,30 @@ def test_a_full_disk_while_writing_voxels_is_said(output, monkeypatch):
     monkeypatch.setattr("zarr.storage._local._put", full)
     with pytest.raises(OutputError, match=r"cannot write .*out.zarr/0[\s\S]*No space left"):
         output.write_block("0", Box.whole(SHAPE), some_voxels())
+
+
+@pytest.mark.parametrize("and_made_anew", [False, True])
+def test_what_is_removed_while_it_is_read_is_not_taken_for_empty(
+    output: Output, monkeypatch: pytest.MonkeyPatch, and_made_anew: bool
+) -> None:
+    """A worker that hung in the middle of this reads on when the run has long been finished."""
+    name = "braincensus/local"
+
+    def make() -> None:
+        output.create_array(name, shape=SHAPE, dtype="uint16", chunk=CHUNK, shard=SHARD)
+
+    make()
+    output.write_block(name, Box.whole(SHAPE), some_voxels())
+    plain = arrays.open_array
+
+    def open_then_hang(root: Path, name: str, *, mode: str) -> object:
+        opened = plain(root, name, mode=mode)
+        output.remove_work("local")
+        if and_made_anew:
+            make()
+        return opened
+
+    monkeypatch.setattr(arrays, "open_array", open_then_hang)
+    with pytest.raises(OutputError, match=r"zarr\.json|replaced by another"):
+        output.read_block(name, Box.whole(SHAPE))
+    assert not list(output.work_dir.rglob("*.partial"))

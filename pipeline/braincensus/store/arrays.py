@@ -6,6 +6,7 @@ each other's work, so a write must cover whole shards (or end at the volume's bo
 
 from __future__ import annotations
 
+import os
 from itertools import product
 from math import log
 from pathlib import Path
@@ -126,7 +127,15 @@ def write(root: Path, name: str, box: Box, values: np.ndarray) -> None:
 
 
 def read(root: Path, name: str, box: Box) -> np.ndarray:
-    """Read a box; parts that were never written are the fill value."""
+    """Read a box; parts that were never written are the fill value.
+
+    Raises
+    ------
+    OutputError
+        If something is damaged, or the array was removed meanwhile: a worker that hung reads on when the run
+        has long been finished and tidied, and would take what is gone for what was never written.
+    """
+    as_it_was = _identity(root / name)
     array = open_array(root, name, mode="r")
     _check_inside(array, name, box)
     for file in _shard_files(array, root / name, box):
@@ -134,11 +143,24 @@ def read(root: Path, name: str, box: Box) -> np.ndarray:
         if file.exists() and (not file.is_file() or file.stat().st_size == 0):
             raise unreadable(file, EOFError("nothing in it"))
     try:
-        return np.asarray(array[box.slices])
+        values = np.asarray(array[box.slices])
     except MemoryError:
         raise
     except Exception as err:
         raise _damage(array, root / name, box, err) from err
+    if _identity(root / name) != as_it_was:
+        raise unreadable(root / name, EOFError("replaced by another while it was read"))
+    return values
+
+
+def _identity(place: Path) -> tuple[int, int]:
+    """Tell an array from one that took its place. Opened: network file systems answer `stat` from memory."""
+    try:
+        with (place / "zarr.json").open("rb") as file:
+            found = os.fstat(file.fileno())
+    except OSError as err:
+        raise unreadable(place / "zarr.json", err) from err
+    return found.st_ino, found.st_mtime_ns
 
 
 def _check_inside(array: zarr.Array[Any], name: str, box: Box) -> None:

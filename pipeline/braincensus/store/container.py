@@ -26,6 +26,7 @@ from braincensus.store.files import (
     PARTIAL,
     jsonable,
     read_arrays,
+    remove_folder,
     unreadable,
     write_arrays,
     write_npy,
@@ -166,7 +167,7 @@ class Output:
             place = self._work(name, "")
             if place.is_dir() and not place.is_symlink():
                 # A network file system keeps a file that a worker still maps; what stays does no harm.
-                shutil.rmtree(place, ignore_errors=True)
+                remove_folder(place, ignore_errors=True)
             else:
                 place.unlink(missing_ok=True)
 
@@ -454,12 +455,15 @@ def open_output(path: str | os.PathLike[str], *, allow_incomplete: bool = False)
 
 def _remove(entry: Path) -> None:
     if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry)
+        remove_folder(entry)
     else:
         entry.unlink()
 
 
 def _remove_partials(place: Path) -> None:
-    """Remove what killed writers left; nothing reads these files."""
-    for leftover in place.rglob(f"*{PARTIAL}"):
-        leftover.unlink(missing_ok=True)
+    """Remove what killed writers and removers left; nothing reads it."""
+    for leftover in list(place.rglob(f"*{PARTIAL}")):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)

@@ -114,6 +114,21 @@ def _free(path: Path) -> str:
     return f"; {free / 1e6:,.1f} MB are free there, for whoever may use them"
 
 
+def remove_folder(place: Path, *, ignore_errors: bool = False) -> None:
+    """Remove a folder: at once for all who look for it by its name, its files after that.
+
+    File by file, a reader could find half of it.
+    """
+    doomed = place.with_name(f".{place.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        os.replace(place, doomed)
+    except OSError:
+        if not ignore_errors:
+            raise
+        return
+    shutil.rmtree(doomed, ignore_errors=ignore_errors)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, durably."""
     text = json.dumps(value, indent=2, allow_nan=False)
