@@ -85,12 +85,19 @@ class Started:
         lock = self.output.with_name(f".{self.output.name}.lock")
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:
-            if lock.exists() and len(list(done.glob("*/*.safetensors"))) >= blocks:
+            if self._holds(lock) and len(list(done.glob("*/*.safetensors"))) >= blocks:
                 return True  # begun, also where an earlier run had come as far
             if self.process.poll() is not None:
                 return False
             time.sleep(0.01)
         raise AssertionError(f"{stage} has not come to {blocks} blocks")
+
+    def _holds(self, lock: Path) -> bool:
+        """Whether the lock is this run's, and not one that a killed run has left behind."""
+        try:
+            return bool(json.loads(lock.read_text())["pid"] == self.process.pid)
+        except (OSError, ValueError):  # there is none, or it is just being written
+            return False
 
     def workers(self) -> list[int]:
         """Return the worker processes of its own cluster."""
