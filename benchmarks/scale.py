@@ -196,7 +196,9 @@ def cluster(workers: int, folder: Path) -> Iterator[tuple[Client, int, list[int]
     file = folder / "scheduler.json"
     dask = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    scheduler = subprocess.Popen([*dask, "--no-dashboard", "--scheduler-file", str(file)], **quiet)
+    scheduler = subprocess.Popen(
+        [*dask, "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file)], **quiet
+    )
     worker = [
         sys.executable,
         "-m",

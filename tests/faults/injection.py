@@ -145,7 +145,11 @@ class Cluster:
     def _start_scheduler(self) -> None:
         self._file = self._folder / f"scheduler-{time.monotonic_ns()}.json"
         self.scheduler = self._popen(
-            "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(self._file)
+            *("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(self._file)),
+            *(
+                "--dashboard-address",
+                "127.0.0.1:0",
+            ),  # without a dashboard, it would listen on 8787 all the same
         )
         until = time.monotonic() + 60
         while not self._file.exists() and time.monotonic() < until:

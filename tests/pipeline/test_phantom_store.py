@@ -127,7 +127,9 @@ def test_a_killed_write_is_not_a_phantom_and_is_cleared_by_the_next(
 def test_dask_workers_write_the_same(tmp_path: Path) -> None:
     from distributed import Client
 
-    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None) as client:
+    with Client(
+        processes=False, n_workers=1, threads_per_worker=2, dashboard_address="127.0.0.1:0"
+    ) as client:
         write_phantom(tmp_path / "dask.zarr", PHANTOM, block_voxels=(32, 32, 32), client=client)
     voxels = zarr.open_array(tmp_path / "dask.zarr", path="0", mode="r")[:]
     assert np.array_equal(voxels, PHANTOM.render(Box.whole(PHANTOM.shape)))

@@ -122,7 +122,8 @@ def slurm_options(file: SlurmFile, security: Security | None, dashboard_port: in
     options = {key: value for key, value in file.model_dump(exclude=_OURS).items() if value is not None}
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
     extra = options["worker_extra_args"]
-    if not any(argument.startswith(("--dashboard-address", "--no-dashboard")) for argument in extra):
+    # With --no-dashboard, too: without an address, Dask's web server would listen for everyone all the same.
+    if not any(argument.startswith("--dashboard-address") for argument in extra):
         extra += ["--dashboard-address", "127.0.0.1:0"]
     options["log_directory"] = file.log_directory or _LOGS
     scheduler = file.scheduler_options.model_dump(exclude_none=True)
