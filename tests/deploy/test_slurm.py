@@ -100,10 +100,10 @@ def test_the_script_of_a_job_is_what_slurm_takes(slurm, tmp_path):
 
 def test_without_a_dashboard_nothing_listens_beyond_localhost_either():
     file = read_cluster_file(str(DEPLOY / "slurm" / "cluster-cpu.yaml"), SlurmFile)
-    asked = file.model_copy(update={"worker_extra_args": ["--no-dashboard"]})
+    asked = file.model_copy(update={"worker_extra_args": ("--no-dashboard",)})
     extra = managers.slurm_options(asked, None, 0)["worker_extra_args"]
     assert extra == ["--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
-    asked = file.model_copy(update={"worker_extra_args": ["--dashboard-address=:8790"]})
+    asked = file.model_copy(update={"worker_extra_args": ("--dashboard-address=:8790",)})
     assert managers.slurm_options(asked, None, 0)["worker_extra_args"] == ["--dashboard-address=:8790"]
 
 
