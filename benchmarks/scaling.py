@@ -4,6 +4,7 @@
 2. The same with 8 to 64 workers whose tasks only wait, about as long as blocks do: what the submission of
    tasks, the scheduler and the client make of it. They are threads of four processes.
 3. A whole run: its time beside the time of its tasks, divided by workers; and where two workers lose it.
+4. Two runs of one worker each that know nothing of each other, at once: what two workers can do at the most.
 
     python benchmarks/scaling.py [--side 320] [--foreground wnet3d] [--seconds 1.0] [--simulated 8 16 32 64]
 """
@@ -11,9 +12,11 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import tempfile
 import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +99,7 @@ def real(side: int, block: int, foreground: str, folder: Path) -> None:
             f"| {100 * ideal / found.seconds:.0f} % ({kind}) |",
             flush=True,
         )
+    side_by_side(took["one", 1], sources["one"], folder, foreground, block)
     two = took["one", 2]
     print(f"\nWhere two workers lose time, {side}^3:\n")
     print("| step | tasks | first to last | in tasks / 2 | lost |\n|---|---|---|---|---|")
@@ -103,6 +107,24 @@ def real(side: int, block: int, foreground: str, folder: Path) -> None:
         print(f"| {step} | {n} | {span:.2f} s | {busy / 2:.2f} s | {span - busy / 2:.2f} s |")
     between = two.seconds - sum(span for _, _, span in two.steps.values())
     print(f"| between steps | | {between:.2f} s | | {between:.2f} s |", flush=True)
+
+
+def side_by_side(alone: Ran, source: Path, folder: Path, foreground: str, block: int) -> None:
+    """Print how much longer a run takes beside another that shares nothing with it but the machine."""
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as processes:
+        outputs = [folder / name / "out.zarr" for name in ("left", "right")]
+        for output in outputs:
+            output.parent.mkdir()
+        runs = [processes.submit(census, source, output, 1, foreground, block) for output in outputs]
+        both = [run.result() for run in runs]
+    seconds = sum(run.seconds for run in both) / 2
+    tasks = sum(run.in_tasks for run in both) / 2
+    print(
+        f"\nTwo runs of one worker at once, each by itself: {seconds:.1f} s ({tasks:.1f} s in tasks); "
+        f"alone {alone.seconds:.1f} s ({alone.in_tasks:.1f} s). "
+        f"So two workers can be {100 * alone.seconds / seconds:.0f} % efficient on this machine.",
+        flush=True,
+    )
 
 
 def wait(seconds: float, number: int) -> float:

@@ -169,7 +169,7 @@ class Heartbeats:
         self._alive = alive
         hung = [address for address, (_, since) in alive.items() if now - since > self._after]
         if hung:
-            self._restart(hung)
+            self.restart(hung)
         if len(hung) < len(alive):
             self._some_worker = now
         elif now - self._some_worker > max(2 * self._after, _START_S):
@@ -182,7 +182,7 @@ class Heartbeats:
                 )
             )
 
-    def _restart(self, workers: list[str]) -> None:
+    def restart(self, workers: list[str]) -> None:
         """Have workers killed and started anew; those that nobody can kill are given up."""
         try:
             self._ask(

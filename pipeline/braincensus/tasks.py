@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeVar
-from uuid import uuid4
+from typing import Any, TypeVar, cast
 
-from distributed import Client, Future, as_completed
+from distributed import Client
 from distributed.scheduler import KilledWorker
 
 from braincensus.blocks import BlockGrid
 from braincensus.config import HUNG_AFTER_S
 from braincensus.errors import BlockError, BraincensusError, explain
-from braincensus.heartbeats import Heartbeats, connection_lost, loss
+from braincensus.flight import IN_FLIGHT_PER_THREAD, Flight, Window
+from braincensus.heartbeats import connection_lost, loss
 from braincensus.planning import Plan
 from braincensus.progress import Progress
 from braincensus.store import Output
@@ -32,8 +32,6 @@ from braincensus.store.marks import Mark, NotDoneError
 from braincensus.watch.tell import UNWATCHED, Unwatched
 
 T = TypeVar("T")
-_IN_FLIGHT_PER_THREAD = 3
-_ASK_AGAIN_S = 10.0
 
 
 @dataclass
@@ -100,7 +98,7 @@ class Context:
         BraincensusError
             As :func:`map_blocks`.
         """
-        at_once = _IN_FLIGHT_PER_THREAD * self.plan.resources.threads * self.plan.resources.workers
+        at_once = IN_FLIGHT_PER_THREAD * self.plan.resources.threads * self.plan.resources.workers
         where = after or stage
         once = _Once(function, spec, self.output, where, name, self.keys.get(where, ""), tuple(classes))
         self.watch.blocks(stage, name, grid)
@@ -166,7 +164,8 @@ def map_blocks(
     """Run ``function(spec, number)`` for every number, yielding results as they arrive, in any order.
 
     A block that kills its workers or finds no memory is tried again at the end, with nothing beside it.
-    Workers that hang are restarted, and their blocks go to others.
+    Workers that hang are restarted, and their blocks go to others; a block that takes far longer than those
+    before it is given to another worker, too, and counts once.
 
     Parameters
     ----------
@@ -207,85 +206,44 @@ def map_blocks(
             yield number, result
         return
     if at_once is None:
-        at_once = _IN_FLIGHT_PER_THREAD * max(1, sum(client.nthreads().values()))
+        at_once = IN_FLIGHT_PER_THREAD * max(1, sum(client.nthreads().values()))
     waiting = iter(numbers)
-    window = _Window(client, at_once)
-    submitted = {}
+    window = Window(client, at_once)
+    flight = Flight(client, function, spec, stage=stage, name=name, watch=watch, hung_after_s=hung_after_s)
 
-    def submit(number: int) -> Any:
-        # A new key each time: a lost task's is remembered. Dask groups tasks by the words before the number.
-        key = f"{name}-{number}-{uuid4().hex[:12]}"
-        future = client.submit(function, spec, number, key=key, pure=False)
-        submitted[future.key] = number
-        watch.submitted(number, key)
-        return future
+    def give_up(number: int, err: Exception) -> BraincensusError:
+        explained = _explained(err, stage, number)
+        watch.failed(number, str(explained))
+        return explained
 
     too_large: list[int] = []
-    heartbeats = Heartbeats(client, hung_after_s=hung_after_s, stage=stage)
-    pending = as_completed([submit(number) for number in islice(waiting, at_once)])
     try:
-        for future in _arriving(pending, heartbeats):
-            number = submitted.pop(future.key)
-            watch.returned(future.key)
+        flight.submit(list(islice(waiting, at_once)))
+        for number, answer in flight.answers():
+            result, failed = None, False
             try:
-                result = heartbeats.during(future.result)  # it may be where a worker hangs
+                result = answer()
             except (KilledWorker, MemoryError) as err:
+                failed = True
                 too_large.append(number)  # too large beside others, perhaps not alone
                 watch.retried(stage, number, _in_short(err))
-                for following in islice(waiting, 1):
-                    pending.add(submit(following))
-                continue
             except Exception as err:
-                explained = _explained(err, stage, number)
-                watch.failed(number, str(explained))
-                raise explained from err
-            future.release()
-            for following in islice(waiting, window.free(len(submitted))):
-                pending.add(submit(following))
-            yield number, result
+                raise give_up(number, err) from err
+            free = window.free(len(flight))
+            if flight.idle or free > at_once // IN_FLIGHT_PER_THREAD:  # else with the next that has come back
+                flight.submit(list(islice(waiting, free)))
+            if not failed:
+                yield number, cast("T", result)
         for number in too_large:
-            pending.add(submit(number))
-            for future in _arriving(pending, heartbeats):
-                watch.returned(future.key)
+            flight.submit([number])
+            for _, answer in flight.answers():
                 try:
-                    result = heartbeats.during(future.result)  # it may be where a worker hangs
+                    result = answer()
                 except Exception as err:
-                    explained = _explained(err, stage, number)
-                    watch.failed(number, str(explained))
-                    raise explained from err
-                future.release()
+                    raise give_up(number, err) from err
                 yield number, result
     finally:
-        for future in list(pending.futures):
-            # What nobody wants is forgotten. To cancel it would wait for a scheduler that may hang.
-            future.release()
-
-
-def _arriving(pending: as_completed, heartbeats: Heartbeats) -> Iterator[Future]:
-    """Yield futures as they are done, looking after the cluster meanwhile."""
-    while not pending.is_empty():
-        while not pending.has_ready():
-            heartbeats.look()
-            with pending.thread_condition:
-                pending.thread_condition.wait(0.1)
-        yield next(pending)
-
-
-class _Window:
-    """How many tasks may be in flight: more where workers have come since."""
-
-    def __init__(self, client: Client, at_once: int) -> None:
-        self._client, self._at_once = client, at_once
-        self._asked = time.monotonic()
-
-    def free(self, in_flight: int) -> int:
-        """Return how many tasks to submit now, beside those in flight; asks the scheduler now and then."""
-        if time.monotonic() - self._asked >= _ASK_AGAIN_S:
-            with suppress(OSError):  # a lost connection is told where results are waited for
-                threads = sum(self._client.nthreads().values())
-                self._at_once = max(self._at_once, _IN_FLIGHT_PER_THREAD * threads)
-            self._asked = time.monotonic()
-        return max(0, self._at_once - in_flight)
+        flight.close()
 
 
 def _in_short(err: Exception) -> str:

@@ -7,7 +7,7 @@ import time
 import pytest
 from distributed import Client, LocalCluster
 
-from braincensus import tasks
+from braincensus import flight, tasks
 
 
 def slowly(spec: float, number: int) -> int:
@@ -16,7 +16,7 @@ def slowly(spec: float, number: int) -> int:
 
 
 def test_tasks_in_flight_grow_with_the_cluster(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tasks, "_ASK_AGAIN_S", 0.0)
+    monkeypatch.setattr(flight, "_ASK_AGAIN_S", 0.0)
     with (
         LocalCluster(
             n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"

@@ -69,6 +69,11 @@ def connect(
             _check_gpus(client, resources, compute)
             yield client, resources
         return
+    if tls.heard_beyond_this_machine(compute.dashboard_host):
+        progress.message(
+            f"the dashboard listens on {compute.dashboard_host} (compute.dashboard_host): whoever reaches "
+            "this machine can look at it, without a password; a tunnel lets only you (docs/dashboard.md)"
+        )
     with closing_in_time(_local_cluster(resources, compute)) as cluster, Client(cluster) as client:
         yield client, resources
 

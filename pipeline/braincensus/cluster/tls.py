@@ -131,10 +131,29 @@ def leaves_this_machine(address: str) -> bool:
     >>> leaves_this_machine("tcp://127.0.0.1:8786"), leaves_this_machine("tcp://192.0.2.7:8786")
     (False, True)
     """
-    host = urlsplit(address).hostname or ""
     own = {entry.address.partition("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries}
+    found = _addresses(urlsplit(address).hostname or "")
+    return not found or any(not _is_loopback(address) and address not in own for address in found)
+
+
+def heard_beyond_this_machine(host: str) -> bool:
+    """Say whether others can reach what listens on a host, or whether that cannot be told.
+
+    Examples
+    --------
+    >>> [heard_beyond_this_machine(host) for host in ("127.0.0.1", "localhost", "0.0.0.0", "192.0.2.7")]
+    [False, False, True, True]
+    """
+    return not all(map(_is_loopback, _addresses(host) or {"0.0.0.0"}))
+
+
+def _addresses(host: str) -> set[str]:
+    """Return what a name stands for; nothing if that is not known."""
     try:
-        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+        return {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
     except OSError:
-        return True
-    return any(not ipaddress.ip_address(a.partition("%")[0]).is_loopback and a not in own for a in found)
+        return set()
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback

@@ -132,6 +132,7 @@ class Watch(Unwatched):
         with self._lock:
             self.state.block_retried(stage, number, why)
             self.changed = True
+        self._progress.message(f"{stage}, block {number}: {why}; tried again")
 
     def failed(self, number: int, why: str) -> None:
         """Give a block up."""
