@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from distributed import Client
 from distributed.scheduler import KilledWorker
@@ -220,9 +220,9 @@ def map_blocks(
     try:
         flight.submit(list(islice(waiting, at_once)))
         for number, answer in flight.answers():
-            result, failed = None, False
+            failed = False
             try:
-                result = answer()
+                result: T = answer()
             except (KilledWorker, MemoryError) as err:
                 failed = True
                 too_large.append(number)  # too large beside others, perhaps not alone
@@ -233,7 +233,7 @@ def map_blocks(
             if flight.idle or free > at_once // IN_FLIGHT_PER_THREAD:  # else with the next that has come back
                 flight.submit(list(islice(waiting, free)))
             if not failed:
-                yield number, cast("T", result)
+                yield number, result
         for number in too_large:
             flight.submit([number])
             for _, answer in flight.answers():

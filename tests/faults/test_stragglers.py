@@ -19,17 +19,23 @@ HANGS = 7
 FOREVER_S = 3600
 
 
-def hang_once(folder: str, number: int) -> int:
-    """Hang for ever at one block, but only the first to compute it."""
-    if number == HANGS:
-        try:
-            (Path(folder) / "hung").touch(exist_ok=False)
-        except FileExistsError:
-            return os.getpid()
-        (Path(folder) / "pid").write_text(str(os.getpid()))
-        time.sleep(FOREVER_S)
-    time.sleep(0.05)
-    return os.getpid()
+def hanging_once() -> Callable[[str, int], int]:
+    """Return a block's work; made in here, so that it is sent whole: workers cannot import this module."""
+    hangs, forever_s = HANGS, FOREVER_S
+
+    def hang_once(folder: str, number: int) -> int:
+        """Hang for ever at one block, but only the first to compute it."""
+        if number == hangs:
+            try:
+                (Path(folder) / "hung").touch(exist_ok=False)
+            except FileExistsError:
+                return os.getpid()
+            (Path(folder) / "pid").write_text(str(os.getpid()))
+            time.sleep(forever_s)
+        time.sleep(0.05)
+        return os.getpid()
+
+    return hang_once
 
 
 class Told(Unwatched):
@@ -52,7 +58,7 @@ def test_another_worker_does_it(tmp_path: Path) -> None:
     with LocalCluster(**options, silence_logs=50) as cluster, Client(cluster, set_as_default=False) as client:
         told = Told()
         blocks = map_blocks(
-            hang_once,
+            hanging_once(),
             str(tmp_path),
             range(60),
             client=client,
