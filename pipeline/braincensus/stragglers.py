@@ -49,7 +49,7 @@ class Stragglers:
         self, client: Client, *, at_least_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._client, self._at_least, self._clock = client, at_least_s, clock
-        self._every = min(_LOOK_EVERY_S, at_least_s / 4)
+        self._every = min(_LOOK_EVERY_S, at_least_s / 20)
         self._next = clock() + self._every
         self._at_work: dict[str, tuple[str, float]] = {}  # on which worker, and since when as far as was seen
         self._told: set[str] = set()

@@ -222,7 +222,7 @@ def map_blocks(
         for number, answer in flight.answers():
             failed = False
             try:
-                result: T = answer()
+                result = answer()
             except (KilledWorker, MemoryError) as err:
                 failed = True
                 too_large.append(number)  # too large beside others, perhaps not alone

@@ -125,13 +125,13 @@ def late_until(client: FakeScheduler, stragglers: Stragglers, until: float) -> l
 
 def test_late_is_ten_times_the_longest_and_told_once(client: FakeScheduler, stragglers: Stragglers) -> None:
     assert not late_until(client, stragglers, 20)
-    stragglers.returned("x-0")  # seen at 15: it took 5 s, or up to 15 s more
+    stragglers.returned("x-0")  # seen at 3: it took 17 s, or up to 3 s more
     client.tasks["a"] = ["x-2"]
     found = late_until(client, stragglers, 1000)
     assert [(key, worker) for key, worker, _ in found] == [("x-1", "b"), ("x-2", "a")]
     (_, _, first), (_, _, second) = found
-    assert 15 + 200 < first <= 15 + 200 + 15
-    assert 30 + 200 < second <= 30 + 200 + 15
+    assert 3 + 200 < first <= 3 + 200 + 3
+    assert 21 + 200 < second <= 21 + 200 + 3
 
 
 def test_nothing_is_late_before_anything_came_back(client: FakeScheduler, stragglers: Stragglers) -> None:
