@@ -12,8 +12,8 @@ from uuid import uuid4
 
 from distributed import Client, Future, as_completed
 
-from braincensus.heartbeats import Heartbeats
-from braincensus.stragglers import Straggler, Stragglers
+from braincensus.heartbeats import Heartbeats, connection_lost
+from braincensus.stragglers import AtWork, Straggler, Stragglers, at_work
 from braincensus.watch.tell import Unwatched
 
 IN_FLIGHT_PER_THREAD = 3
@@ -50,7 +50,7 @@ class Flight:
         self._stage, self._name, self._watch = stage, name, watch
         self._heartbeats = Heartbeats(client, hung_after_s=hung_after_s, stage=stage)
         # Twice: a worker that does not answer is restarted first.
-        self._stragglers = Stragglers(client, at_least_s=2 * hung_after_s)
+        self._stragglers = Stragglers(self._at_work, at_least_s=2 * hung_after_s)
         self._futures = as_completed(loop=client.loop)
         self._numbers: dict[str, int] = {}  # of the tasks that are waited for
         self._arrived: deque[tuple[str, Callable[[], Any]]] = deque()
@@ -134,6 +134,15 @@ class Flight:
                 future.release()
             else:
                 self._arrived.append((future.key, partial(self._heartbeats.during, future.result)))
+
+    def _at_work(self) -> AtWork | None:
+        try:
+            found: AtWork = self._heartbeats.during(lambda: self._client.run_on_scheduler(at_work))
+        except Exception as err:
+            if connection_lost(err):  # told where results are waited for
+                return None
+            raise
+        return found
 
     def _give_to_another(self, late: Straggler) -> None:
         number = self._numbers[late.key]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from distributed import Client, LocalCluster
 
-from braincensus.stragglers import Stragglers
+from braincensus.stragglers import AtWork, Straggler, Stragglers
 from braincensus.tasks import map_blocks
 from braincensus.watch.tell import Unwatched
 
@@ -83,89 +83,95 @@ def test_another_worker_does_it(tmp_path: Path) -> None:
         assert hung not in client.run(os.getpid).values(), "it was restarted"
 
 
-class FakeScheduler:
+class FakeWorkers:
+    """Workers whose tasks began at the times that are set."""
+
     def __init__(self) -> None:
-        self.now, self.tasks = 0.0, {"a": ["x-0"], "b": ["x-1"], "c": []}
+        self.now = 0.0
+        self.began: dict[str, dict[str, float]] | None = {"a": {"x-0": 0}, "b": {"x-1": 0}, "c": {}}
 
-    @property
-    def scheduler(self) -> FakeScheduler:
-        return self
-
-    def processing(self) -> dict[str, list[str]]:
-        return self.tasks
-
-    def sync(self, function: Callable[[], dict[str, list[str]]], callback_timeout: float) -> Any:
-        return function()
+    def at_work(self) -> AtWork | None:
+        if self.began is None:
+            return None
+        return {
+            worker: {key: self.now - at for key, at in tasks.items()} for worker, tasks in self.began.items()
+        }
 
     def clock(self) -> float:
         return self.now
 
 
 @pytest.fixture
-def client() -> FakeScheduler:
-    return FakeScheduler()
+def workers() -> FakeWorkers:
+    return FakeWorkers()
 
 
 @pytest.fixture
-def stragglers(client: FakeScheduler) -> Stragglers:
-    found: Any = client
-    return Stragglers(found, at_least_s=60, clock=client.clock)
+def stragglers(workers: FakeWorkers) -> Stragglers:
+    return Stragglers(workers.at_work, at_least_s=60, clock=workers.clock)  # looks every 3 s
 
 
-WANTED = ("x-0", "x-1", "x-2")
-
-
-def late_until(client: FakeScheduler, stragglers: Stragglers, until: float) -> list[tuple[str, str, float]]:
+def late_until(workers: FakeWorkers, stragglers: Stragglers, until: float) -> list[tuple[float, Straggler]]:
     found = []
-    while client.now < until:
-        client.now += 1
-        found += [(late.key, late.worker, client.now) for late in stragglers.look(WANTED)]
+    while workers.now < until:
+        workers.now += 1
+        found += [(workers.now, late) for late in stragglers.look(("x-0", "x-1", "x-2"))]
     return found
 
 
-def test_late_is_ten_times_the_longest_and_told_once(client: FakeScheduler, stragglers: Stragglers) -> None:
-    assert not late_until(client, stragglers, 20)
-    stragglers.returned("x-0")  # seen at 3: it took 17 s, or up to 3 s more
-    client.tasks["a"] = ["x-2"]
-    found = late_until(client, stragglers, 1000)
-    assert [(key, worker) for key, worker, _ in found] == [("x-1", "b"), ("x-2", "a")]
-    (_, _, first), (_, _, second) = found
-    assert 3 + 200 < first <= 3 + 200 + 3
-    assert 21 + 200 < second <= 21 + 200 + 3
+def test_late_is_ten_times_the_longest_and_told_once(workers: FakeWorkers, stragglers: Stragglers) -> None:
+    assert not late_until(workers, stragglers, 20)
+    stragglers.returned("x-0")  # it took 20 s
+    workers.began = {"a": {"x-2": 20}, "b": {"x-1": 0}, "c": {}}
+    (first, one), (second, two) = late_until(workers, stragglers, 1000)
+    assert one == ("x-1", "b", first, ("a", "c"))
+    assert two == ("x-2", "a", second - 20, ("b", "c"))
+    assert 200 < first <= 200 + 3
+    assert 220 < second <= 220 + 3
 
 
-def test_nothing_is_late_before_anything_came_back(client: FakeScheduler, stragglers: Stragglers) -> None:
-    assert not late_until(client, stragglers, 10_000)
+def test_the_least_time_is_never_too_long(workers: FakeWorkers, stragglers: Stragglers) -> None:
+    late_until(workers, stragglers, 2)
+    stragglers.returned("x-0")  # before the first look
+    assert not late_until(workers, stragglers, 60)
+    assert [late.key for _, late in late_until(workers, stragglers, 70)] == ["x-1"]
 
 
-def test_moving_to_another_worker_starts_the_clock_anew(
-    client: FakeScheduler, stragglers: Stragglers
-) -> None:
-    late_until(client, stragglers, 16)
+def test_waiting_behind_a_late_task_is_not_taking_long(workers: FakeWorkers, stragglers: Stragglers) -> None:
+    late_until(workers, stragglers, 40)
+    workers.began = {"a": {"x-2": 40}, "b": {"x-1": 0}, "c": {}}
+    late_until(workers, stragglers, 42)
+    stragglers.returned("x-2")  # submitted long ago, and begun 2 s ago
+    assert [now for now, _ in late_until(workers, stragglers, 100)] == [63]
+
+
+def test_nothing_is_late_before_anything_came_back(workers: FakeWorkers, stragglers: Stragglers) -> None:
+    assert not late_until(workers, stragglers, 10_000)
+
+
+def test_a_task_begun_anew_elsewhere_has_all_its_time(workers: FakeWorkers, stragglers: Stragglers) -> None:
+    late_until(workers, stragglers, 6)
     stragglers.returned("x-0")
-    client.tasks = {"a": [], "b": ["x-1"], "c": []}
-    assert not late_until(client, stragglers, 150)
-    client.tasks = {"a": ["x-1"], "b": [], "c": []}
-    assert not late_until(client, stragglers, 300)
-    assert [worker for _, worker, _ in late_until(client, stragglers, 400)] == ["a"]
+    workers.began = {"a": {"x-1": 50}, "b": {}, "c": {}}
+    assert not late_until(workers, stragglers, 110)
+    assert [late.worker for _, late in late_until(workers, stragglers, 120)] == ["a"]
 
 
-def test_others_are_named_and_strangers_ignored(client: FakeScheduler, stragglers: Stragglers) -> None:
-    client.tasks = {"a": ["another-client's"], "b": ["x-1"], "c": []}
-    late_until(client, stragglers, 16)
+def test_strangers_are_ignored(workers: FakeWorkers, stragglers: Stragglers) -> None:
+    workers.began = {"a": {"another-client's": 0}, "b": {}, "c": {}}
     stragglers.returned("x-0")
-    found = []
-    while client.now < 1000:
-        client.now += 1
-        found += stragglers.look(WANTED)
-    assert [(late.key, late.others) for late in found] == [("x-1", ("a", "c"))]
+    assert not late_until(workers, stragglers, 1000)
 
 
 def test_a_scheduler_that_is_away_is_left_to_the_heartbeats(
-    client: FakeScheduler, stragglers: Stragglers, monkeypatch: pytest.MonkeyPatch
+    workers: FakeWorkers, stragglers: Stragglers
 ) -> None:
-    def away(*_: object, **__: object) -> None:
-        raise OSError("away")
+    stragglers.returned("x-0")
+    workers.began = None
+    assert not late_until(workers, stragglers, 1000)
 
-    monkeypatch.setattr(client, "sync", away)
-    assert not late_until(client, stragglers, 1000)
+
+def test_the_worker_that_is_at_a_dropped_task_is_known(workers: FakeWorkers, stragglers: Stragglers) -> None:
+    late_until(workers, stragglers, 6)
+    assert stragglers.dropped("x-1") == "b"
+    assert stragglers.dropped("x-2") == "", "no worker has begun it"
