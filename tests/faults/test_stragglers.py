@@ -133,6 +133,7 @@ def test_late_is_ten_times_the_longest_and_told_once(workers: FakeWorkers, strag
 def test_the_least_time_is_never_too_long(workers: FakeWorkers, stragglers: Stragglers) -> None:
     late_until(workers, stragglers, 2)
     stragglers.returned("x-0")  # before the first look
+    workers.began = {"a": {}, "b": {"x-1": 0}, "c": {}}
     assert not late_until(workers, stragglers, 60)
     assert [late.key for _, late in late_until(workers, stragglers, 70)] == ["x-1"]
 
