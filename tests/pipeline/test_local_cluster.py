@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
+from contextlib import suppress
 from typing import Any
 
+import psutil
 import pytest
 
 from braincensus import ConfigError, RunConfig
@@ -15,7 +19,10 @@ from braincensus.progress import Silent
 def test_workers_that_are_killed_while_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """What distributed raises then; the campaign of faults has seen it."""
 
-    def dies(**_: Any) -> None:
+    tries = []
+
+    def dies(**options: Any) -> None:
+        tries.append(options)
         raise RuntimeError("Nanny failed to start.")
 
     monkeypatch.setattr(sys.modules[connect.__module__], "LocalCluster", dies)
@@ -25,6 +32,46 @@ def test_workers_that_are_killed_while_they_start(monkeypatch: pytest.MonkeyPatc
         connect(compute, None),
     ):
         pass
+    assert len(tries) == 3
+
+
+def test_a_worker_that_is_killed_once_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For real: the first process of a worker is killed as soon as it is there."""
+    module = sys.modules[connect.__module__]
+    start, tries = module.LocalCluster, []
+
+    def first_is_killed(**options: Any) -> Any:
+        tries.append(options)
+        if len(tries) > 1:
+            return start(**options)
+        begun = threading.Thread(target=kill_next_child, args=(children(),))
+        begun.start()
+        try:
+            return start(**options)
+        finally:
+            begun.join()
+
+    monkeypatch.setattr(module, "LocalCluster", first_is_killed)
+    compute = RunConfig().merged({"compute": {"workers": 2, "dashboard_port": 0}}).compute
+    with connect(compute, None) as (client, _):
+        client.wait_for_workers(2, timeout=30)
+        assert client.submit(sum, [1, 2]).result(30) == 3
+    assert len(tries) == 2, "the kill came in time, and once"
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
+
+
+def kill_next_child(before: set[int]) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for child in psutil.Process().children():
+            with suppress(psutil.Error):
+                if child.pid not in before and "spawn_main" in " ".join(child.cmdline()):
+                    child.kill()
+                    return
+        time.sleep(0.005)
 
 
 class Said(Silent):

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -21,6 +21,7 @@ from braincensus.errors import ConfigError, explain
 from braincensus.progress import Progress, Silent
 
 _CLOSE_S = 20.0
+_STARTS = 3
 
 
 @contextmanager
@@ -128,9 +129,7 @@ def _local_cluster(resources: Resources, compute: Compute) -> Any:
     else:
         start = LocalCluster
     try:
-        with warnings.catch_warnings():  # another run may take the port between our look and Dask's
-            warnings.filterwarnings("ignore", message=r"\s*Port \d+ is already in use")
-            return start(**common)
+        return _trying_again(start, common)
     except (RuntimeError, OSError, TimeoutError) as err:
         raise ConfigError(
             explain(
@@ -140,3 +139,16 @@ def _local_cluster(resources: Resources, compute: Compute) -> Any:
                 remedy="run again, with fewer --workers if it stays so: done blocks are kept",
             )
         ) from err
+
+
+def _trying_again(start: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """Start a cluster, again if a worker died meanwhile: Dask gives up all for one, but only then."""
+    for left in reversed(range(_STARTS)):
+        try:
+            with warnings.catch_warnings():  # another run may take the port between our look and Dask's
+                warnings.filterwarnings("ignore", message=r"\s*Port \d+ is already in use")
+                return start(**options)
+        except RuntimeError:
+            if not left:
+                raise
+    raise AssertionError("it is returned or raised above")
