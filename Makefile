@@ -23,7 +23,7 @@ demo: $(VENV)/.installed  ## make a phantom, census it with WNet3D, compare with
 	$(BIN)/braincensus demo $(DEMO_DIR) --overwrite
 
 test: $(VENV)/.installed  ## the tests and the examples in docstrings (not those marked slow or gpu)
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" --doctest-modules tests pipeline kernels
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not gpu" --doctest-modules tests pipeline kernels
 
 test-slow: $(VENV)/.installed  ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"
