@@ -12,7 +12,8 @@ from uuid import uuid4
 
 from distributed import Client, Future, as_completed
 
-from braincensus.heartbeats import Heartbeats, connection_lost
+from braincensus.errors import BraincensusError
+from braincensus.heartbeats import Heartbeats
 from braincensus.stragglers import AtWork, Straggler, Stragglers, at_work
 from braincensus.watch.tell import Unwatched
 
@@ -138,10 +139,12 @@ class Flight:
     def _at_work(self) -> AtWork | None:
         try:
             found: AtWork = self._heartbeats.during(lambda: self._client.run_on_scheduler(at_work))
-        except Exception as err:
-            if connection_lost(err):  # told where results are waited for
-                return None
+        except BraincensusError:
             raise
+        except Exception:
+            # A lost connection is told where results are waited for; a scheduler of another make may not know
+            # what is asked of it. Neither ends a run that can go on.
+            return None
         return found
 
     def _give_to_another(self, late: Straggler) -> None:
