@@ -143,12 +143,9 @@ def _local_cluster(resources: Resources, compute: Compute) -> Any:
 
 def _trying_again(start: Callable[..., Any], options: dict[str, Any]) -> Any:
     """Start a cluster, again if a worker died meanwhile: Dask gives up all for one, but only then."""
-    for left in reversed(range(_STARTS)):
-        try:
-            with warnings.catch_warnings():  # another run may take the port between our look and Dask's
-                warnings.filterwarnings("ignore", message=r"\s*Port \d+ is already in use")
+    with warnings.catch_warnings():  # another run may take the port between our look and Dask's
+        warnings.filterwarnings("ignore", message=r"\s*Port \d+ is already in use")
+        for _ in range(_STARTS - 1):
+            with suppress(RuntimeError):
                 return start(**options)
-        except RuntimeError:
-            if not left:
-                raise
-    raise AssertionError("it is returned or raised above")
+        return start(**options)
