@@ -128,8 +128,9 @@ def joined_by_anchors(
     int64, (n, 2)
         Pairs of different identities, each once; for `union_find.connected`.
     """
-    views = _views(low_beliefs, high_beliefs, axis, low, high, volume_shape, anchors_only=True)
-    by_low, by_high = views.reshape(2, -1)
+    _layers(axis, low, high, volume_shape)
+    seen = _seen(low_beliefs, high_beliefs, axis, anchors_only=True)
+    by_low, by_high = seen.by_low, seen.by_high
     differ = (by_low != _BACKGROUND) & (by_high != _BACKGROUND) & (by_low != by_high)
     return np.unique(np.stack([by_low[differ], by_high[differ]], axis=1), axis=0)
 
@@ -179,24 +180,21 @@ def compare_faces(
     ValueError
         If the blocks are no such neighbours, or one holds no beliefs about that face.
     """
-    views = _views(low_beliefs, high_beliefs, axis, low, high, volume_shape, anchors_only=False)
     layers = _layers(axis, low, high, volume_shape)
-    by_low, by_high = views.reshape(2, 2, -1)
+    seen = _seen(low_beliefs, high_beliefs, axis, anchors_only=False)
 
     # A cell crosses this face where it crosses it in the cores: margins are other faces' voxels.
-    own = np.zeros([n for a, n in enumerate(layers.shape) if a != axis], np.bool_)
-    own[tuple(s for a, s in enumerate(low.intersect(layers).slices_in(layers)) if a != axis)] = True
-    own = own.reshape(-1)
-    of_low, of_high = by_low[0, own], by_high[1, own]
+    own = _in_the_plane_of(low, axis, layers, seen.position)
+    of_low = seen.by_low[own & (seen.layer == 0)]
+    of_high = seen.by_high[own & (seen.layer == 1)]
     crossing = np.intersect1d(of_low[of_low != _BACKGROUND], of_high[of_high != _BACKGROUND])
-    differs = by_low != by_high
-    at_layer, at_position = np.nonzero(differs)
+    differs = seen.by_low != seen.by_high
     return FaceAudit(
-        voxels_compared=differs.size,
+        voxels_compared=layers.size,
         cells_crossing=len(crossing),
-        voxels_disagreeing=at_layer.size,
-        disagreements=_listed(by_low, by_high, at_layer, at_position, axis, layers),
-        overlaps=_overlaps(by_low, by_high, differs),
+        voxels_disagreeing=int(np.count_nonzero(differs)),
+        disagreements=_listed(seen, differs, axis, layers),
+        overlaps=_overlaps(seen, differs),
     )
 
 
@@ -210,49 +208,75 @@ def _layers(axis: int, low: Box, high: Box, volume_shape: Triple) -> Box:
     return low.dilate(1).clip(volume_shape).intersect(high.dilate(1).clip(volume_shape))
 
 
-def _views(
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """The voxels of both layers that either block holds for part of a cell: most of a face is none."""
+
+    layer: NDArray[np.uint8]
+    """0: the lower block's own; 1: the upper one's."""
+    position: NDArray[np.int64]
+    by_low: NDArray[np.int64]
+    """The seed that the lower block gave to each; -1 is background."""
+    by_high: NDArray[np.int64]
+
+
+def _seen(
     low_beliefs: Mapping[str, NDArray[Any]],
     high_beliefs: Mapping[str, NDArray[Any]],
     axis: int,
-    low: Box,
-    high: Box,
-    volume_shape: Triple,
     *,
     anchors_only: bool,
-) -> NDArray[np.int64]:
-    """Lay out both blocks' view of the two layers, dense: (block, layer, position), the lower ones first."""
-    layers = _layers(axis, low, high, volume_shape)
-    views = np.full((2, 2, layers.size // layers.shape[axis]), _BACKGROUND, np.int64)
-    for view, beliefs, side, order in (
-        (views[0], low_beliefs, "high", ("inside", "outside")),
-        (views[1], high_beliefs, "low", ("outside", "inside")),
-    ):
-        for row, layer in enumerate(order):
-            key = f"{_AXES[axis]}_{side}_{layer}"
-            if f"{key}_positions" not in beliefs:
-                raise ValueError(f"no beliefs about {key}: was the block labelled without its neighbour?")
-            positions, seeds = beliefs[f"{key}_positions"], beliefs[f"{key}_seeds"]
-            if anchors_only:
-                is_anchor = beliefs[f"{key}_anchors"]
-                positions, seeds = positions[is_anchor], seeds[is_anchor]
-            view[row, positions] = seeds
-    return views
+) -> _Seen:
+    """Put both blocks' views of the two layers side by side."""
+    parts = []
+    for layer, (of_low, of_high) in enumerate((("inside", "outside"), ("outside", "inside"))):
+        low = _believed(low_beliefs, f"{_AXES[axis]}_high_{of_low}", anchors_only=anchors_only)
+        high = _believed(high_beliefs, f"{_AXES[axis]}_low_{of_high}", anchors_only=anchors_only)
+        if np.array_equal(low[0], high[0]):
+            positions, by_low, by_high = low[0], low[1], high[1]
+        else:
+            positions = np.union1d(low[0], high[0])
+            by_low, by_high = (np.full(positions.size, _BACKGROUND, np.int64) for _ in range(2))
+            by_low[np.searchsorted(positions, low[0])] = low[1]
+            by_high[np.searchsorted(positions, high[0])] = high[1]
+        parts.append((np.full(positions.size, layer, np.uint8), positions, by_low, by_high))
+    return _Seen(*(np.concatenate(both) for both in zip(*parts, strict=True)))
 
 
-def _listed(
-    by_low: NDArray[np.int64],
-    by_high: NDArray[np.int64],
-    layer: NDArray[np.int64],
-    position: NDArray[np.int64],
-    axis: int,
-    layers: Box,
-) -> tuple[dict[str, Any], ...]:
+def _believed(
+    beliefs: Mapping[str, NDArray[Any]], key: str, *, anchors_only: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    if f"{key}_positions" not in beliefs:
+        raise ValueError(f"no beliefs about {key}: was the block labelled without its neighbour?")
+    positions, seeds = beliefs[f"{key}_positions"], beliefs[f"{key}_seeds"]
+    if anchors_only:
+        is_anchor = beliefs[f"{key}_anchors"]
+        return positions[is_anchor], seeds[is_anchor]
+    return positions, seeds
+
+
+def _in_the_plane_of(core: Box, axis: int, layers: Box, position: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Tell which positions of a face lie on a core, not on the margin around it."""
+    rows, columns = (a for a in range(3) if a != axis)
+    row, column = np.divmod(position, layers.shape[columns])
+    row, column = row + layers.start[rows], column + layers.start[columns]
+    on_core: NDArray[np.bool_] = (
+        (core.start[rows] <= row)
+        & (row < core.stop[rows])
+        & (core.start[columns] <= column)
+        & (column < core.stop[columns])
+    )
+    return on_core
+
+
+def _listed(seen: _Seen, differs: NDArray[np.bool_], axis: int, layers: Box) -> tuple[dict[str, Any], ...]:
     plane = [1 if a == axis else n for a, n in enumerate(layers.shape)]
-    zyx = np.stack(np.unravel_index(position, plane), axis=1) + layers.start
-    zyx[:, axis] += layer
+    zyx = np.stack(np.unravel_index(seen.position[differs], plane), axis=1) + layers.start
+    zyx[:, axis] += seen.layer[differs]
     order = np.lexsort((zyx[:, 2], zyx[:, 1], zyx[:, 0]))[:MOST_LISTED]
     seeds = [
-        [None if s == _BACKGROUND else int(s) for s in v[layer, position][order]] for v in (by_low, by_high)
+        [None if s == _BACKGROUND else int(s) for s in view[differs][order]]
+        for view in (seen.by_low, seen.by_high)
     ]
     return tuple(
         {"position": where, "seed_low": a, "seed_high": b}
@@ -260,18 +284,16 @@ def _listed(
     )
 
 
-def _overlaps(
-    by_low: NDArray[np.int64], by_high: NDArray[np.int64], differs: NDArray[np.bool_]
-) -> NDArray[np.int64]:
+def _overlaps(seen: _Seen, differs: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Count voxels of each pair of beliefs, for all voxels of the seeds that take part in a disagreement."""
     if not differs.any():
         return np.empty((0, 3), np.int64)
     involved = np.zeros(differs.shape, np.bool_)
-    for view in (by_low, by_high):
+    for view in (seen.by_low, seen.by_high):
         seeds = np.unique(view[differs])
         involved |= np.isin(view, seeds[seeds != _BACKGROUND])
     pairs, counts = np.unique(
-        np.stack([by_low[involved], by_high[involved]], axis=1), axis=0, return_counts=True
+        np.stack([seen.by_low[involved], seen.by_high[involved]], axis=1), axis=0, return_counts=True
     )
     return np.concatenate([pairs, counts[:, None]], axis=1)
 
