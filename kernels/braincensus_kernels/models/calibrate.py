@@ -10,8 +10,11 @@ statistics measured once, over windows of typical tissue, the network is a fixed
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +23,8 @@ from torch import Tensor, nn
 
 from braincensus_kernels.models.checkpoints import Weights
 from braincensus_kernels.models.wnet3d import UNet
+
+T = TypeVar("T")
 
 CALIBRATION = "calibration"
 """Key of a weights file's metadata under which `NormStatistics.to_json` may stand."""
@@ -143,13 +148,13 @@ def calibrate(
     device
         Where to compute, in float32.
     threads
-        CPU threads; None for torch's current setting.
+        CPU threads, each of which has windows of its own; None for torch's current setting.
 
     Returns
     -------
     NormStatistics
         Later norms were measured on what the earlier, already calibrated ones gave. The same windows
-        in the same order give the same statistics.
+        in the same order give the same statistics, on a CPU with any number of threads.
 
     Raises
     ------
@@ -169,18 +174,36 @@ def calibrate(
         raise ValueError("all windows are constant: there is nothing to calibrate on")
     network = encoder.build_encoder() if isinstance(encoder, Weights) else encoder
     before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    at_once = min(threads or before, len(windows)) if device == "cpu" else 1
+    torch.set_num_threads(1)  # for a window: how torch cuts one up for several threads shows in the last bits
     try:
-        with torch.inference_mode():
+        with ThreadPoolExecutor(at_once) as pool, torch.inference_mode():
             return _calibrate(
-                network.to(device).eval(), [torch.from_numpy(w[None]).to(device) for w in windows]
+                network.to(device).eval(),
+                [torch.from_numpy(w[None]).to(device) for w in windows],
+                _Each(pool),
             )
     finally:
         torch.set_num_threads(before)
 
 
-def _calibrate(network: UNet, images: list[Tensor]) -> NormStatistics:
+class _Each:
+    """Does something to every window, several at once."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+
+    def __call__(self, function: Callable[..., T], *windows: list[Tensor]) -> list[T]:
+        """Call the function with one of each list."""
+        return list(self._pool.map(partial(_inferring, function), *windows))
+
+
+def _inferring(function: Callable[..., T], *values: Tensor) -> T:
+    with torch.inference_mode():  # a thread does not inherit it
+        return function(*values)
+
+
+def _calibrate(network: UNet, images: list[Tensor], each: _Each) -> NormStatistics:
     """Run the windows side by side, layer by layer: each norm waits for all of them."""
     mean: dict[str, NDArray[np.float64]] = {}
     variance: dict[str, NDArray[np.float64]] = {}
@@ -190,22 +213,22 @@ def _calibrate(network: UNet, images: list[Tensor]) -> NormStatistics:
         for index, layer in enumerate(layers):
             if isinstance(layer, nn.GroupNorm):
                 name = f"{block}.module.{index}"
-                mean[name], variance[name] = _pooled_moments(xs, layer.num_groups)
+                mean[name], variance[name] = _pooled_moments(xs, layer.num_groups, each)
                 scale, shift = affine_of_norm(layer, mean[name], variance[name])
-                xs = [x.mul_(_per_channel(scale, x)).add_(_per_channel(shift, x)) for x in xs]
+                xs = each(partial(_scale_, scale, shift), xs)
             elif isinstance(layer, nn.ReLU):
-                xs = [x.relu_() for x in xs]
+                xs = each(torch.relu_, xs)
             else:
-                xs = [layer(x) for x in xs]
+                xs = each(layer, xs)
         return xs
 
     def join(skips: list[Tensor], ups: list[Tensor], transposed: nn.Module) -> list[Tensor]:
-        return [torch.cat([s, transposed(u)], dim=1) for s, u in zip(skips, ups, strict=True)]
+        return each(lambda skip, up: torch.cat([skip, transposed(up)], dim=1), skips, ups)
 
     full = run("in_b", images)
-    half = run("conv1", [network.pool(x) for x in full])
-    quarter = run("conv2", [network.pool(x) for x in half])
-    eighth = run("bot", [network.pool(x) for x in quarter])
+    half = run("conv1", each(network.pool, full))
+    quarter = run("conv2", each(network.pool, half))
+    eighth = run("bot", each(network.pool, quarter))
     quarter = run("deconv2", join(quarter, eighth, network.conv_trans2))
     half = run("deconv3", join(half, quarter, network.conv_trans3))
     logits = run("out_b", join(full, half, network.conv_trans_out))
@@ -219,14 +242,15 @@ def _calibrate(network: UNet, images: list[Tensor]) -> NormStatistics:
     return NormStatistics(mean, variance, total / np.maximum(share, 1e-12), len(images))
 
 
-def _pooled_moments(xs: list[Tensor], groups: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _pooled_moments(
+    xs: list[Tensor], groups: int, each: _Each
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and variance (of the population, as GroupNorm) of each group over all windows and voxels."""
     flat = [x.reshape(groups, -1) for x in xs]  # a window is a batch of one
     count = sum(x.shape[1] for x in flat)
-    mean = sum(x.sum(1, dtype=torch.float64) for x in flat) / count
-    assert isinstance(mean, Tensor)
-    variance = sum((x.double() - mean[:, None]).square_().sum(1) for x in flat) / count
-    assert isinstance(variance, Tensor)
+    mean = torch.stack(each(lambda x: x.sum(1, dtype=torch.float64), flat)).sum(0) / count
+    squares = each(lambda x: (x.double() - mean[:, None]).square_().sum(1), flat)
+    variance = torch.stack(squares).sum(0) / count
     return mean.cpu().numpy(), variance.cpu().numpy()
 
 
@@ -239,6 +263,10 @@ def affine_of_norm(
     scale = norm.weight.detach().double().cpu() * inverse
     shift = norm.bias.detach().double().cpu() - torch.from_numpy(mean).repeat_interleave(each) * scale
     return scale, shift
+
+
+def _scale_(scale: Tensor, shift: Tensor, x: Tensor) -> Tensor:
+    return x.mul_(_per_channel(scale, x)).add_(_per_channel(shift, x))
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:

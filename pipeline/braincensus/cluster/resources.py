@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
 import psutil
+from dask.system import CPU_COUNT
 from distributed import Client
 from distributed.system import MEMORY_LIMIT
 
@@ -76,7 +76,6 @@ def _local_resources(compute: Compute) -> Resources:
     if compute.cluster == "cuda" and compute.device == "cpu":
         raise ConfigError("--cluster cuda and --device cpu contradict each other: use --cluster local")
     device = local_device(compute)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     gpus = _gpus() if device == "cuda" else 0
     if compute.workers is not None and gpus and compute.workers > gpus:
         raise ConfigError(
@@ -86,8 +85,8 @@ def _local_resources(compute: Compute) -> Resources:
                 remedy="leave --workers out, or use --device cpu",
             )
         )
-    workers = compute.workers or gpus or max(1, cores // _THREADS_OF_A_LOCAL_WORKER)
-    threads = compute.threads_per_worker or max(1, cores // workers)
+    workers = compute.workers or gpus or max(1, CPU_COUNT // _THREADS_OF_A_LOCAL_WORKER)
+    threads = compute.threads_per_worker or max(1, CPU_COUNT // workers)
     if compute.memory_limit_gib is not None:
         memory = int(compute.memory_limit_gib * GIB)
     else:

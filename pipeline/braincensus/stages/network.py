@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+from dask.system import CPU_COUNT
 
 from braincensus.config import SupervisedForeground, WNet3DForeground
 from braincensus.errors import InputError, explain
@@ -163,10 +165,20 @@ class Network:
 
     def measure(self, windows: Sequence[Box]) -> NormStatistics:
         """Measure the norms' statistics over windows of the volume jointly."""
-        batch = np.stack([self.input(window) for window in windows])[:, None]
+        batch = self.inputs(windows)
         weights = self.weights()
         with device_slot:
-            return calibrate(weights, batch, device=self.device, threads=self.threads)
+            return calibrate(weights, batch, device=self.device, threads=self.threads_alone)
+
+    def inputs(self, windows: Sequence[Box]) -> np.ndarray:
+        """Return windows of one shape as the network takes them: float32, (K, 1, z, y, x)."""
+        with ThreadPoolExecutor(min(len(windows), self.threads_alone)) as threads:
+            return np.stack(list(threads.map(self.input, windows)))[:, None]
+
+    @property
+    def threads_alone(self) -> int:
+        """CPU threads for what all workers wait for: those of the machine, or as many as its limits allow."""
+        return max(self.threads, int(CPU_COUNT))
 
     def predictor(self, statistics: NormStatistics) -> Predicts:
         """Load the network onto this worker's device.

@@ -59,7 +59,7 @@ class SupervisedNetwork(Network):
 
     def measure(self, windows: Sequence[Box]) -> NormStatistics:
         """Measure the norms' statistics over windows of the volume jointly."""
-        batch = np.stack([self.input(window) for window in windows])[:, None]
+        batch = self.inputs(windows)
         weights = self._weights()
         with device_slot:
             return calibrate_norms(weights, batch, device=self.device, threads=self.threads)

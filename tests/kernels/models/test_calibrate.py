@@ -64,6 +64,16 @@ def test_repeatable_and_the_order_of_windows_matters_only_by_rounding() -> None:
         np.testing.assert_allclose(once.variance[name], reversed_.variance[name], rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
+    net, batch = encoder(channels=(8, 16, 16, 16)), windows(4)
+    before = torch.get_num_threads()
+    one, several = (calibrate(net, batch, threads=n).to_arrays() for n in (1, threads))
+    assert torch.get_num_threads() == before
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, several[name], err_msg=name)
+
+
 def test_foreground_is_the_brighter_class_whichever_it_is() -> None:
     net, batch = encoder(), windows(2)
     first = calibrate(net, batch)
