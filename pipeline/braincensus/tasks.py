@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from distributed import Client
 from distributed.scheduler import KilledWorker
 
+from braincensus.allocator import giving_back_memory
 from braincensus.blocks import BlockGrid
 from braincensus.config import HUNG_AFTER_S
 from braincensus.errors import BlockError, BraincensusError, explain
@@ -143,7 +144,7 @@ def _do_once(once: _Once, number: int) -> tuple[bool, Any]:
         return True, mark.result(once.classes)
     except NotDoneError:
         pass
-    with noting() as files:
+    with giving_back_memory(), noting() as files:
         result = once.function(once.spec, number)
     mark.write(result, files)
     return False, result

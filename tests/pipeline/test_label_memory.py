@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from braincensus.allocator import ENVIRONMENT
 
 # In a process of its own, so that nothing but this block sets its peak; compiling takes more memory than a
 # block does, so another process does that first and leaves the kernels in numba's cache.
@@ -57,6 +60,7 @@ def test_labelling_stays_within_its_projection(method, volume):
             capture_output=True,
             text=True,
             check=False,
+            env=os.environ | ENVIRONMENT,  # as in a worker
         )
     assert run.returncode == 0, run.stderr
     measured, projected = (float(number) for number in run.stdout.split())

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import dask
 from distributed import Client, LocalCluster
 
+from braincensus.allocator import ENVIRONMENT
 from braincensus.cluster import managers, tls
 from braincensus.cluster.kinds import read_kind
 from braincensus.cluster.resources import Resources, gpus_of_workers, resources_for, resources_of
@@ -128,8 +130,10 @@ def _local_cluster(resources: Resources, compute: Compute) -> Any:
         start = LocalCUDACluster
     else:
         start = LocalCluster
+    environ = {**dask.config.get("distributed.nanny.pre-spawn-environ"), **ENVIRONMENT}
     try:
-        return _trying_again(start, common)
+        with dask.config.set({"distributed.nanny.pre-spawn-environ": environ}):
+            return _trying_again(start, common)
     except (RuntimeError, OSError, TimeoutError) as err:
         raise ConfigError(
             explain(

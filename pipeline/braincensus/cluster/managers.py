@@ -14,6 +14,7 @@ from typing import Any
 
 from distributed import Security, Status
 
+from braincensus.allocator import ENVIRONMENT
 from braincensus.cluster import tls
 from braincensus.cluster.files import (
     KubernetesFile,
@@ -126,6 +127,8 @@ def slurm_options(file: SlurmFile, security: Security | None, dashboard_port: in
     if not any(argument.startswith("--dashboard-address") for argument in extra):
         extra += ["--dashboard-address", "127.0.0.1:0"]
     options["log_directory"] = file.log_directory or _LOGS
+    exports = [f"export {name}={value}" for name, value in ENVIRONMENT.items()]
+    options["job_script_prologue"] = exports + options["job_script_prologue"]  # the file says more
     scheduler = file.scheduler_options.model_dump(exclude_none=True)
     options["scheduler_options"] = {"dashboard_address": f"127.0.0.1:{dashboard_port}", **scheduler}
     return {**options, "security": security, "silence_logs": logging.CRITICAL}
@@ -233,7 +236,7 @@ def worker_spec(file: KubernetesFile, group: WorkerGroup | None = None) -> dict[
     spec: dict[str, Any] = make_worker_spec(
         image=group.image if group is not None and group.image is not None else file.image,
         n_workers=group.workers if group is not None else first,
-        env=dict(file.env),
+        env={**ENVIRONMENT, **file.env},
         worker_command="dask worker",
         resources=_resources(resources),
     )
