@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distributed import Client
 
@@ -36,7 +36,6 @@ from braincensus.preparing import (
 from braincensus.progress import Progress, Silent
 from braincensus.result import Result
 from braincensus.stages import intensity, label, measure, pyramid, relabel, segment, stitch, threshold
-from braincensus.stages.norms import Calibration, set_norms
 from braincensus.store import (
     check_free,
     create_output,
@@ -50,8 +49,11 @@ from braincensus.volume import Volume
 from braincensus.watch.picture import show_picture
 from braincensus.watch.report import check_report, reporting
 from braincensus.watch.tell import watching
-from braincensus_kernels.models.checkpoints import Weights
-from braincensus_kernels.models.supervised.networks import SupervisedWeights
+
+if TYPE_CHECKING:
+    from braincensus.stages.norms import Calibration
+    from braincensus_kernels.models.checkpoints import Weights
+    from braincensus_kernels.models.supervised.networks import SupervisedWeights
 
 _RECORDED = (
     "braincensus",
@@ -278,6 +280,8 @@ def calibrate(
     BraincensusError
         As `run`.
     """
+    from braincensus.stages import norms
+
     progress = progress or Silent()
     weights = weights_for(config)
     assert weights is not None, "a network with norms"
@@ -293,8 +297,8 @@ def calibrate(
             context = Context(replace(plan, resources=resources), store, connected, progress)
             ranges = intensity.run(context)
             with context.stage("calibrate", 1):
-                network = segment.network_of(context, ranges, weights)
-                return set_norms(context, network, ranges, stage="calibrate"), volume
+                network = norms.network_of(context, ranges, weights)
+                return norms.set_norms(context, network, ranges, stage="calibrate"), volume
 
 
 def _run_stages(context: Context, weights: Weights | SupervisedWeights | None) -> Result:

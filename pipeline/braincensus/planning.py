@@ -27,8 +27,6 @@ from braincensus.errors import PlanError, explain
 from braincensus.labelling import Foreground, Labeller, foreground_for, labeller_for
 from braincensus.volume import Volume
 from braincensus_kernels.boxes import Triple
-from braincensus_kernels.models.predict import projected_bytes
-from braincensus_kernels.models.supervised.predict import projected_supervised_bytes
 
 LATTICE = 8
 """Voxels between the positions at which tiles and network patches may start (the network pools thrice)."""
@@ -311,6 +309,9 @@ def _memory(plan: Plan) -> dict[str, int]:
 
 def _network_bytes(plan: Plan) -> int:
     """Project what the network needs for a patch; or for all calibration windows, where they go at once."""
+    from braincensus_kernels.models.predict import projected_bytes
+    from braincensus_kernels.models.supervised.predict import projected_supervised_bytes
+
     patch, halo, channels = plan.segmentation.patch, plan.segmentation.halo, plan.segmentation.channels
     assert channels is not None
     foreground, precision = plan.config.foreground, plan.segmentation.precision

@@ -10,13 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distributed import Client
 
 from braincensus import cluster, manifest
-from braincensus.config import RunConfig, SupervisedForeground, WNet3DForeground
-from braincensus.errors import ConfigError, InputError, explain
+from braincensus.config import IntensityForeground, RunConfig
 from braincensus.formats.convert import COPYING
 from braincensus.heartbeats import telling_of_loss
 from braincensus.manifest import Continuation
@@ -25,13 +24,10 @@ from braincensus.progress import Progress
 from braincensus.store import Output, open_output
 from braincensus.store.root import recorded_at
 from braincensus.volume import Volume, open_volume
-from braincensus.weights.files import find_weights
-from braincensus.weights.supervised import load_for, settled
-from braincensus_kernels.models.calibrate import stored_calibration
-from braincensus_kernels.models.checkpoints import Weights, load_weights
-from braincensus_kernels.models.predict import resolve_precision
-from braincensus_kernels.models.supervised.networks import SupervisedWeights
-from braincensus_kernels.models.supervised.predict import resolve_supervised_precision
+
+if TYPE_CHECKING:
+    from braincensus_kernels.models.checkpoints import Weights
+    from braincensus_kernels.models.supervised.networks import SupervisedWeights
 
 
 def earlier_at(output: Path) -> Output | None:
@@ -99,28 +95,15 @@ class _ConvertStage:
 
 
 def weights_for(config: RunConfig) -> Weights | SupervisedWeights | None:
-    """Load the weights on the client first, so that a wrong file is refused before anything runs."""
-    foreground = config.foreground
-    if isinstance(foreground, SupervisedForeground):
-        return load_for(foreground)
-    if not isinstance(foreground, WNet3DForeground):
+    """Load the weights on the client first, so that a wrong file is refused before anything runs.
+
+    Without a network nothing is loaded, not even torch.
+    """
+    if isinstance(config.foreground, IntensityForeground):
         return None
-    found = find_weights(foreground.weights)
-    try:
-        weights = load_weights(found)
-        stored = stored_calibration(weights) if foreground.calibration == "stored" else None
-    except ValueError as err:
-        raise InputError(f"the weights {foreground.weights} cannot be used: {err}") from err
-    if foreground.calibration == "stored" and stored is None:
-        raise ConfigError(
-            explain(
-                f"the weights {foreground.weights} bring no calibration",
-                expected="norm statistics in the file, for foreground.calibration: stored",
-                remedy="`braincensus weights calibrate` measures and stores them; or leave "
-                "foreground.calibration out",
-            )
-        )
-    return weights
+    from braincensus.weights.of_run import load
+
+    return load(config.foreground)
 
 
 def plan_for(
@@ -130,16 +113,13 @@ def plan_for(
     resources: cluster.Resources,
 ) -> Plan:
     """Plan a run over a volume, with what follows from the weights."""
-    precision = "float32"
-    if isinstance(config.foreground, WNet3DForeground):
-        precision = resolve_precision(config.foreground.precision, resources.device)
-    elif isinstance(weights, SupervisedWeights):
-        assert isinstance(config.foreground, SupervisedForeground)
-        precision = resolve_supervised_precision(config.foreground.precision, resources.device)
-        config = settled(config, weights)
-    return make_plan(
-        volume, config, resources, channels=weights.channels if weights else None, precision=precision
-    )
+    channels, precision = None, "float32"
+    if weights is not None:
+        from braincensus.weights.of_run import settle
+
+        channels = weights.channels
+        config, precision = settle(config, weights, resources.device)
+    return make_plan(volume, config, resources, channels=channels, precision=precision)
 
 
 @contextmanager

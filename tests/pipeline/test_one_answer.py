@@ -48,12 +48,12 @@ def clients() -> Iterator[dict[int, Client]]:
 
 @pytest.fixture(scope="module", params=["c5image", "phantom"])
 def image(request: pytest.FixtureRequest) -> np.ndarray:
-    """The real volume and a phantom of 192^3."""
+    """The real volume and a phantom of 160^3: 2 to 4 blocks along each axis."""
     if request.param == "c5image":
         path = request.getfixturevalue("c5image_path")
         volume = open_volume(path, voxel_size_um=VOXEL_SIZE_UM)
         return volume.read(volume.box)
-    return Phantom(shape=(192, 192, 192), n_cells=1500, seed=11).render(Box.whole((192, 192, 192)))
+    return Phantom(shape=(160, 160, 160), n_cells=900, seed=11).render(Box.whole((160, 160, 160)))
 
 
 def census(

@@ -20,6 +20,7 @@ from braincensus.config import SupervisedForeground, WNet3DForeground
 from braincensus.errors import InputError, explain
 from braincensus.planning import LATTICE, Segmentation
 from braincensus.stages.scaled import ScaledVolume
+from braincensus.stages.spared import Spared
 from braincensus.worker import device_slot, keep
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.models.calibrate import NormStatistics, calibrate
@@ -47,20 +48,6 @@ class Predicts(Protocol):
 
     def economise(self) -> None:
         """Give back the memory that only makes it faster, from now on."""
-
-
-@dataclass(frozen=True)
-class Spared:
-    """Patches for which the GPU had too little memory: what else was done."""
-
-    sparing: int = 0
-    """With one set of buffers and no graph: the same bits, slower."""
-    on_cpu: int = 0
-    """On the CPU: the same but for rounding."""
-
-    def __add__(self, other: Spared) -> Spared:
-        """Count together."""
-        return Spared(self.sparing + other.sparing, self.on_cpu + other.on_cpu)
 
 
 def _predict_all(predictor: Predicts, inputs: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

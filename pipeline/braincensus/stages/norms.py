@@ -16,10 +16,14 @@ from braincensus.blocks import BlockGrid
 from braincensus.config import SupervisedForeground, WNet3DForeground
 from braincensus.stages.intensity import IntensityRange, Window
 from braincensus.stages.network import NORM_STATISTICS, Network
+from braincensus.stages.scaled import ScaledVolume
+from braincensus.stages.supervised import SupervisedNetwork
 from braincensus.tasks import Context
 from braincensus_kernels.boxes import Box
 from braincensus_kernels.models.calibrate import NormStatistics, stored_calibration
+from braincensus_kernels.models.checkpoints import Weights
 from braincensus_kernels.models.sparing import let_go, out_of_memory
+from braincensus_kernels.models.supervised.networks import SupervisedWeights
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,53 @@ class Calibration:
             **({"calibrated_on_cpu": True} if self.on_cpu else {}),
             "foreground_class": int(self.statistics.foreground_class),
         }
+
+
+def network_of(context: Context, intensity: IntensityRange, weights: Weights | SupervisedWeights) -> Network:
+    """Put together what the workers need of the network."""
+    plan, settings = context.plan, context.plan.config.foreground
+    assert isinstance(settings, WNet3DForeground | SupervisedForeground)
+    place: dict[str, Any] = {
+        "volume": ScaledVolume.of(context, intensity),
+        "settings": settings,
+        "segmentation": plan.segmentation,
+        "weights_source": weights.source,
+        "weights_sha256": weights.sha256,
+        "device": plan.resources.device,
+        "threads": plan.resources.threads,
+        "may_use_cpu": plan.resources.device != "cpu" and plan.config.compute.device == "auto",
+    }
+    if isinstance(settings, SupervisedForeground):
+        return SupervisedNetwork(**place, model=settings.model)
+    return Network(**place)
+
+
+def set_and_tell(context: Context, network: Network, intensity: IntensityRange) -> dict[str, Any]:
+    """Set the norms before any region; returns what belongs in the provenance, and says what looks odd."""
+    halo = network.segmentation.halo
+    about = {
+        "norm": network.settings.norm,
+        "weights": network.weights_source,
+        "weights_sha256": network.weights_sha256,
+        "precision": network.segmentation.precision,
+        "patch_voxels": list(network.segmentation.patch),
+        "halo_voxels": halo,
+    }
+    if isinstance(network, SupervisedNetwork) and network.settings.norm == "window":
+        return about | {"reach_voxels": None}
+    calibration = set_norms(context, network, intensity)
+    reach = calibration.reach_voxels
+    if reach is not None and reach > halo:
+        context.progress.message(
+            f"these weights look {reach} voxels far, foreground.halo_voxels is {halo}: the same for any "
+            "blocks, but not quite what one endless patch would give"
+        )
+    if isinstance(network, SupervisedNetwork) and calibration.statistics.foreground_class == 0:
+        context.progress.message(
+            "on the calibration windows the network's foreground is darker than the rest: are these weights "
+            "for such volumes?"
+        )
+    return about | calibration.summary()
 
 
 def set_norms(

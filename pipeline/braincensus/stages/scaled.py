@@ -7,7 +7,8 @@ mirrored; that, too, depends on nothing but the volume.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from braincensus.store import Output
 from braincensus.volume import Volume
 from braincensus_kernels.background import background_reach_tiles, local_background
 from braincensus_kernels.boxes import Box, Triple
+
+if TYPE_CHECKING:
+    from braincensus.tasks import Context
 
 WNET3D_TOP = 100.0
 """The paper's input range, chosen to suit SoftNCuts' intensity sigma."""
@@ -30,6 +34,14 @@ class ScaledVolume:
     output: Output
     intensity: IntensityRange
     background_um: float | None
+
+    @classmethod
+    def of(cls, context: Context, intensity: IntensityRange) -> ScaledVolume:
+        """Put together what the workers need of a run's volume."""
+        plan = context.plan
+        return cls(
+            plan.volume, context.output, replace(intensity, windows=()), plan.config.intensity.background_um
+        )
 
     @property
     def floor(self) -> float:

@@ -7,25 +7,26 @@ the volume in one range (scaled.py) -> norms set once (norms.py) -> the network,
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from braincensus.blocks import BlockGrid
-from braincensus.config import IntensityForeground, SupervisedForeground, WNet3DForeground
+from braincensus.config import IntensityForeground
 from braincensus.errors import InputError, explain
 from braincensus.stages.intensity import IntensityRange
-from braincensus.stages.network import Network, Spared
-from braincensus.stages.norms import set_norms
 from braincensus.stages.scaled import ScaledVolume
-from braincensus.stages.supervised import SupervisedNetwork
+from braincensus.stages.spared import Spared
 from braincensus.store import Output, chunk_and_shard
 from braincensus.tasks import Context
 from braincensus_kernels.background import foreground_from_intensity
 from braincensus_kernels.boxes import Box
-from braincensus_kernels.models.checkpoints import Weights
-from braincensus_kernels.models.supervised.networks import SupervisedWeights
+
+if TYPE_CHECKING:
+    from braincensus.stages.network import Network
+    from braincensus_kernels.models.checkpoints import Weights
+    from braincensus_kernels.models.supervised.networks import SupervisedWeights
 
 PROBABILITY = "0"
 DARK = "dark"
@@ -79,11 +80,13 @@ def run(
     with context.stage("segment", plan.voxels):
         model: Network | _Contrast
         if not isinstance(plan.config.foreground, IntensityForeground):
+            from braincensus.stages import norms  # and with it torch, which no other run waits for
+
             assert weights is not None
-            model = network_of(context, intensity, weights)
-            about |= _set_norms(context, model, intensity)
+            model = norms.network_of(context, intensity, weights)
+            about |= norms.set_and_tell(context, model, intensity)
         else:
-            model = _Contrast(_scaled(context, intensity))
+            model = _Contrast(ScaledVolume.of(context, intensity))
         spec = _Segment(plan.segment_grid, output, plan.config.foreground.model, model)
         dark = [np.empty((0, 6), np.int64)]
         spared = Spared()
@@ -108,59 +111,6 @@ def _list_dark(output: Output, boxes: np.ndarray) -> dict[str, Any]:
     boxes = boxes[np.lexsort(boxes.T[::-1])]
     output.write_map(DARK, boxes)
     return {"parts": len(boxes), "voxels": int(np.prod(boxes[:, 3:] - boxes[:, :3], axis=1).sum())}
-
-
-def network_of(context: Context, intensity: IntensityRange, weights: Weights | SupervisedWeights) -> Network:
-    """Put together what the workers need of the network."""
-    plan, settings = context.plan, context.plan.config.foreground
-    assert isinstance(settings, WNet3DForeground | SupervisedForeground)
-    place: dict[str, Any] = {
-        "volume": _scaled(context, intensity),
-        "settings": settings,
-        "segmentation": plan.segmentation,
-        "weights_source": weights.source,
-        "weights_sha256": weights.sha256,
-        "device": plan.resources.device,
-        "threads": plan.resources.threads,
-        "may_use_cpu": plan.resources.device != "cpu" and plan.config.compute.device == "auto",
-    }
-    if isinstance(settings, SupervisedForeground):
-        return SupervisedNetwork(**place, model=settings.model)
-    return Network(**place)
-
-
-def _scaled(context: Context, intensity: IntensityRange) -> ScaledVolume:
-    plan = context.plan
-    return ScaledVolume(
-        plan.volume, context.output, replace(intensity, windows=()), plan.config.intensity.background_um
-    )
-
-
-def _set_norms(context: Context, network: Network, intensity: IntensityRange) -> dict[str, Any]:
-    halo = network.segmentation.halo
-    about = {
-        "norm": network.settings.norm,
-        "weights": network.weights_source,
-        "weights_sha256": network.weights_sha256,
-        "precision": network.segmentation.precision,
-        "patch_voxels": list(network.segmentation.patch),
-        "halo_voxels": halo,
-    }
-    if isinstance(network, SupervisedNetwork) and network.settings.norm == "window":
-        return about | {"reach_voxels": None}
-    calibration = set_norms(context, network, intensity)
-    reach = calibration.reach_voxels
-    if reach is not None and reach > halo:
-        context.progress.message(
-            f"these weights look {reach} voxels far, foreground.halo_voxels is {halo}: the same for any "
-            "blocks, but not quite what one endless patch would give"
-        )
-    if isinstance(network, SupervisedNetwork) and calibration.statistics.foreground_class == 0:
-        context.progress.message(
-            "on the calibration windows the network's foreground is darker than the rest: are these weights "
-            "for such volumes?"
-        )
-    return about | calibration.summary()
 
 
 def _segment_region(spec: _Segment, number: int) -> tuple[np.ndarray, Spared]:
