@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -99,3 +101,31 @@ def test_a_dashboard_that_others_reach_is_told(
     ):
         pass
     assert any(f"listens on {host}" in text and "without a password" in text for text in said.said) == told
+
+
+def test_a_run_without_a_network_does_not_wait_for_torch(tmp_path: Path) -> None:
+    """Neither here (in a process of its own, as others import it) nor in its workers."""
+    code = """
+import subprocess
+import sys
+import numpy as np
+from braincensus import RunConfig, run
+from braincensus.cluster import connect, resources_for
+from braincensus_kernels.boxes import Box
+from braincensus_kernels.phantom import Phantom
+
+if __name__ == "__main__":
+    config = RunConfig().merged({
+        "foreground": {"model": "intensity"}, "input": {"voxel_size_um": 5.0},
+        "compute": {"workers": 1, "threads_per_worker": 1, "dashboard_port": 0},
+    })
+    image = Phantom(shape=(40, 40, 40), n_cells=20, seed=1, tissue="full").render(Box.whole((40, 40, 40)))
+    with connect(config.compute, resources_for(config.compute)) as (client, _):
+        run(image, sys.argv[1], config=config, client=client)
+        print("torch" in sys.modules, *client.run(lambda: "torch" in __import__("sys").modules).values())
+"""
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    command = [sys.executable, str(script), str(tmp_path / "out.zarr")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["False", "False"]
