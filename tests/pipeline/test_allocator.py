@@ -66,14 +66,23 @@ def test_deployments_say_the_same(file: str) -> None:
     }
 
 
-def test_local_workers_are_told() -> None:
+@pytest.mark.parametrize(
+    ("set_here", "expected"), [(None, str(1 << 30)), ("65536", str(1 << 30)), ("7", "7")]
+)
+def test_local_workers_are_told(set_here: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever Dask left in the environment when it started workers before (65536); not what the user set."""
+
     def told() -> dict[str, str]:
         return dict(os.environ)
 
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    if set_here is not None:
+        monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", set_here)
     compute = Compute(workers=1, threads_per_worker=1, dashboard_port=0)
     with connect(compute, None) as (client, _):
         (found,) = client.run(told).values()
-    assert {name: found[name] for name in ENVIRONMENT} == ENVIRONMENT
+    assert {name: found[name] for name in ENVIRONMENT} == ENVIRONMENT | {"MALLOC_TRIM_THRESHOLD_": expected}
 
 
 def test_jobs_and_pods_are_told_and_a_file_may_say_otherwise() -> None:

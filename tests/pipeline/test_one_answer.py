@@ -20,6 +20,10 @@ from braincensus_kernels.boxes import Box
 from braincensus_kernels.phantom import Phantom
 
 VOXEL_SIZE_UM = (5.0, 5.26, 5.26)
+FOREGROUNDS: dict[str, dict[str, object]] = {
+    "intensity": {"model": "intensity"},
+    "wnet3d": {"model": "wnet3d", "calibration_windows": 3},
+}
 BLOCKS = [(48, 48, 48), (64, 64, 64), (96, 96, 96), None]
 
 
@@ -68,7 +72,7 @@ def census(
     config = RunConfig().merged(
         {
             "input": {"voxel_size_um": VOXEL_SIZE_UM},
-            "foreground": {"model": model},
+            "foreground": FOREGROUNDS[model],
             "compute": {"block_voxels": shape},
             "labelling": labelling or {},
         }

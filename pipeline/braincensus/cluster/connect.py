@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -130,9 +130,8 @@ def _local_cluster(resources: Resources, compute: Compute) -> Any:
         start = LocalCUDACluster
     else:
         start = LocalCluster
-    environ = {**dask.config.get("distributed.nanny.pre-spawn-environ"), **ENVIRONMENT}
     try:
-        with dask.config.set({"distributed.nanny.pre-spawn-environ": environ}):
+        with _telling_workers(ENVIRONMENT):
             return _trying_again(start, common)
     except (RuntimeError, OSError, TimeoutError) as err:
         raise ConfigError(
@@ -143,6 +142,18 @@ def _local_cluster(resources: Resources, compute: Compute) -> Any:
                 remedy="run again, with fewer --workers if it stays so: done blocks are kept",
             )
         ) from err
+
+
+@contextmanager
+def _telling_workers(environment: Mapping[str, str]) -> Iterator[None]:
+    """Start worker processes with more in their environment; what the user has set himself counts more."""
+    usual = dask.config.get("distributed.nanny.pre-spawn-environ")
+    for name in environment:
+        # Dask leaves its own here when it starts workers, and would take it for the user's the next time.
+        if name in usual and os.environ.get(name) == str(usual[name]):
+            del os.environ[name]
+    with dask.config.set({"distributed.nanny.pre-spawn-environ": {**usual, **environment}}):
+        yield
 
 
 def _trying_again(start: Callable[..., Any], options: dict[str, Any]) -> Any:

@@ -101,7 +101,7 @@ def projected_supervised_bytes(
     half = precision == "bfloat16"
     if kind == "segresnet":
         parameters = 18_400 * size**2
-        need = voxels * size * (13 if half else 26) * (5 if at_once > 1 else 4) // 4
+        need = voxels * size * (16 if half else 32) * (5 if at_once > 1 else 4) // 4
     else:
         parameters = 33_000 * size**2
         tokens = at_once * prod(-(-n // (2 * _ATTENTION_WINDOW)) * _ATTENTION_WINDOW for n in patch)

@@ -290,6 +290,7 @@ print(peak() - before)
 
 
 KEPT = {name: str(1 << 30) for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")}
+KEPT["MALLOC_ARENA_MAX"] = "1"
 """As in a worker: freed memory stays with the process."""
 
 
