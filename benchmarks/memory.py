@@ -27,7 +27,7 @@ from braincensus_kernels.phantom import Phantom
 
 MIB = 1024**2
 CELLS_PER_GB = 100_000
-# 64 KiB is what Dask says; to the letter, it would be taken for Dask's, and not for the user's wish. The others
+# Dask says 64 KiB; just that would be taken for Dask's own word, and not for the user's wish. The others
 # are glibc's own.
 AS_DASK = {
     "MALLOC_TRIM_THRESHOLD_": "65537",
