@@ -245,6 +245,23 @@ def test_stopped_by_a_signal(
     assert result_bytes(output) == result_bytes(undisturbed)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_while_the_workers_start(number: int, start: Start, tmp_path: Path) -> None:
+    disturbed = start(tmp_path / "out.zarr")
+    until = time.monotonic() + 60
+    while not disturbed.workers() and time.monotonic() < until:
+        time.sleep(0.01)
+    processes = [psutil.Process(pid) for pid in disturbed.workers()]
+    disturbed.signal(number)
+    said = disturbed.finish(40)
+    assert disturbed.process.returncode == 128 + number, said
+    assert "Traceback" not in said
+    assert "goes on where it stopped" in said
+    assert processes
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
 def test_a_second_sigterm_while_python_ends_changes_nothing() -> None:
     code = """
 import atexit, os, signal, time, typer

@@ -131,7 +131,7 @@ def _local_cluster(resources: Resources, compute: Compute) -> Any:
     else:
         start = LocalCluster
     try:
-        with _telling_workers(ENVIRONMENT):
+        with _telling_workers(ENVIRONMENT), _forgetting_what_is_half_started():
             return _trying_again(start, common)
     except (RuntimeError, OSError, TimeoutError) as err:
         raise ConfigError(
@@ -154,6 +154,21 @@ def _telling_workers(environment: Mapping[str, str]) -> Iterator[None]:
             del os.environ[name]
     with dask.config.set({"distributed.nanny.pre-spawn-environ": {**usual, **environment}}):
         yield
+
+
+@contextmanager
+def _forgetting_what_is_half_started() -> Iterator[None]:
+    """Let a signal end a start without a traceback: Dask would close the cluster when Python ends, and fail.
+
+    Its workers notice that this process is gone.
+    """
+    others = set(LocalCluster._instances)
+    try:
+        yield
+    except BaseException:
+        for cluster in set(LocalCluster._instances) - others:
+            LocalCluster._instances.discard(cluster)
+        raise
 
 
 def _trying_again(start: Callable[..., Any], options: dict[str, Any]) -> Any:
