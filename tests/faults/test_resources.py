@@ -153,9 +153,8 @@ def test_files_that_may_grow_no_more(
 
 @pytest.fixture(scope="module")
 def with_network() -> dict[str, dict[str, object]]:
-    return configuration(
-        foreground={"model": "wnet3d", "patch_voxels": 40, "halo_voxels": 8}, compute={"block_voxels": 40}
-    )
+    foreground = {"model": "wnet3d", "patch_voxels": 40, "halo_voxels": 8, "calibration_windows": 3}
+    return configuration(foreground=foreground, compute={"block_voxels": 40})
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ def census(client: Client, brain: np.ndarray, tmp_path: Path) -> Callable[..., R
     "foreground",
     [
         pytest.param({"model": "intensity"}, id="intensity"),
-        pytest.param({"patch_voxels": 24, "halo_voxels": 8}, id="wnet3d"),
+        pytest.param({"patch_voxels": 24, "halo_voxels": 8, "calibration_windows": 3}, id="wnet3d"),
         pytest.param({"norm": "window"}, id="windows", marks=pytest.mark.slow),
     ],
 )
