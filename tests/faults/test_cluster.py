@@ -262,6 +262,21 @@ def test_stopped_while_the_workers_start(number: int, start: Start, tmp_path: Pa
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
+def test_a_worker_hangs_while_it_starts(undisturbed: Path, start: Start, tmp_path: Path) -> None:
+    output = tmp_path / "out.zarr"
+    disturbed = start(output, configuration(compute={"hung_after_s": HUNG_AFTER_S}))
+    until = time.monotonic() + 60
+    while not disturbed.workers() and time.monotonic() < until:
+        time.sleep(0.01)
+    stopped = disturbed.workers()
+    send(stopped, signal.SIGSTOP)
+    assert stopped
+    said = disturbed.finish(120)
+    assert disturbed.process.returncode == 0, said
+    assert not any(psutil.pid_exists(pid) for pid in stopped)
+    assert result_bytes(output) == result_bytes(undisturbed)
+
+
 def test_a_second_sigterm_while_python_ends_changes_nothing() -> None:
     code = """
 import atexit, os, signal, time, typer

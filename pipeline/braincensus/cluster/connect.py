@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import dask
+import psutil
 from distributed import Client, LocalCluster
+from distributed.deploy.spec import SpecCluster
 
 from braincensus.allocator import ENVIRONMENT
 from braincensus.cluster import managers, tls
@@ -24,6 +27,8 @@ from braincensus.progress import Progress, Silent
 
 _CLOSE_S = 20.0
 _STARTS = 3
+_SPAWNED = "spawn_main"
+"""In the command line of a process that multiprocessing has started, as Dask's workers are."""
 
 
 @contextmanager
@@ -132,13 +137,14 @@ def _local_cluster(resources: Resources, compute: Compute) -> Any:
         start = LocalCluster
     try:
         with _telling_workers(ENVIRONMENT), _forgetting_what_is_half_started():
-            return _trying_again(start, common)
+            return _trying_again(start, common, hung_after_s=compute.hung_after_s)
     except (RuntimeError, OSError, TimeoutError) as err:
         raise ConfigError(
             explain(
                 "the workers of this machine could not be started",
                 found=f"{type(err).__name__}: {err}; {err.__cause__ or ''}".rstrip("; "),
-                cause="too little memory, too many processes, or they were killed while they started",
+                cause="too little memory, too many processes; they were killed while they started, or took "
+                f"longer than {compute.hung_after_s:g} s (compute.hung_after_s)",
                 remedy="run again, with fewer --workers if it stays so: done blocks are kept",
             )
         ) from err
@@ -162,20 +168,42 @@ def _forgetting_what_is_half_started() -> Iterator[None]:
 
     Its workers notice that this process is gone.
     """
-    others = set(LocalCluster._instances)
+    others = set(SpecCluster._instances)
     try:
         yield
     except BaseException:
-        for cluster in set(LocalCluster._instances) - others:
-            LocalCluster._instances.discard(cluster)
+        for cluster in set(SpecCluster._instances) - others:
+            SpecCluster._instances.discard(cluster)
         raise
 
 
-def _trying_again(start: Callable[..., Any], options: dict[str, Any]) -> Any:
+def _trying_again(start: Callable[..., Any], options: dict[str, Any], *, hung_after_s: float) -> Any:
     """Start a cluster, again if a worker died meanwhile: Dask gives up all for one, but only then."""
     with warnings.catch_warnings():  # another run may take the port between our look and Dask's
         warnings.filterwarnings("ignore", message=r"\s*Port \d+ is already in use")
         for _ in range(_STARTS - 1):
-            with suppress(RuntimeError):
+            with suppress(RuntimeError), _killing_what_hangs(hung_after_s):
                 return start(**options)
-        return start(**options)
+        with _killing_what_hangs(hung_after_s):
+            return start(**options)
+
+
+@contextmanager
+def _killing_what_hangs(hung_after_s: float) -> Iterator[None]:
+    """Kill worker processes that have not started in time: Dask would wait for them for ever."""
+    here = psutil.Process()
+    others = {process.pid for process in here.children()}
+
+    def kill() -> None:
+        for process in here.children():
+            with suppress(psutil.Error):
+                if process.pid not in others and _SPAWNED in " ".join(process.cmdline()):
+                    process.kill()
+
+    timer = threading.Timer(hung_after_s, kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
