@@ -128,7 +128,7 @@ def joined_by_anchors(
     int64, (n, 2)
         Pairs of different identities, each once; for `union_find.connected`.
     """
-    _layers(axis, low, high, volume_shape)
+    _layers(axis, low, high, volume_shape)  # refuses blocks that share no face
     seen = _seen(low_beliefs, high_beliefs, axis, anchors_only=True)
     by_low, by_high = seen.by_low, seen.by_high
     differ = (by_low != _BACKGROUND) & (by_high != _BACKGROUND) & (by_low != by_high)
